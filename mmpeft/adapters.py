@@ -1,0 +1,133 @@
+"""Put a peft method on the LLM, decide what trains, and say so."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+
+def attach_adapter(language_model: nn.Module, adapter):
+    """Wrap a frozen causal LM in a ``PeftModel``; targets become full paths inside this LLM.
+
+    Args:
+        adapter: a peft config. ``target_modules`` may be peft's own default (``None``), names
+            like ``q_proj``, a regular expression, or ``"all-linear"``.
+
+    Raises:
+        ValueError: a target names no linear layer of this LLM.
+    """
+    from peft import get_peft_model
+
+    if hasattr(adapter, "target_modules"):
+        adapter.target_modules = resolve_targets(language_model, adapter.target_modules)
+    adapter.task_type = adapter.task_type or "CAUSAL_LM"
+    return get_peft_model(language_model, adapter)
+
+
+def resolve_targets(language_model: nn.Module, targets) -> list[str]:
+    """Full module paths of the linear layers that ``targets`` name."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    head = language_model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    if targets is None:
+        model_type = language_model.config.model_type
+        if model_type not in DEFAULTS:
+            raise ValueError(
+                f"peft has no default targets for {model_type!r}; set target_modules to some of "
+                f"{_last_parts(linear)}."
+            )
+        targets = DEFAULTS[model_type]
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):
+        matched = {targets: [name for name in linear if re.fullmatch(targets, name)]}
+    else:
+        matched = {t: [n for n in linear if n == t or n.endswith(f".{t}")] for t in targets}
+    for target, names in matched.items():
+        if not names:
+            known = _last_parts(linear)
+            close = difflib.get_close_matches(target, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"target_modules: {target!r} names no linear layer of this language model.{hint} "
+                f"It has {known}."
+            )
+    return sorted({name for names in matched.values() for name in names})
+
+
+def _last_parts(names):
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+@dataclass
+class PartSummary:
+    """One row of the freeze plan."""
+
+    part: str
+    total: int
+    trained: int
+
+
+def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
+    """The parameters a peft method added to the LLM; empty when there is no adapter."""
+    config = getattr(language_model, "peft_config", None)
+    if config is None:
+        return []
+    prefix = language_model.base_model.prefix
+    return [p for name, p in language_model.named_parameters() if prefix in name]
+
+
+def set_adapter_mode(language_model: nn.Module, training: bool) -> None:
+    """Put the adapter alone (its dropout) in training or eval mode."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in language_model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.training = training
+            for name, child in layer.named_children():
+                if name != "base_layer":
+                    child.train(training)
+
+
+def set_trainable(model, *, connector: bool, adapter: bool) -> None:
+    """Freeze everything, then open the connector and the adapter as asked."""
+    model.requires_grad_(False)
+    model.connector.requires_grad_(connector)
+    for parameter in adapter_parameters(model.language_model):
+        parameter.requires_grad_(adapter)
+
+
+def freeze_plan(model) -> list[PartSummary]:
+    """What is frozen and what trains, part by part."""
+    adapter = adapter_parameters(model.language_model)
+    in_adapter = {id(p) for p in adapter}
+    parts = {
+        "vision encoder": list(model.vision_encoder.parameters()),
+        "connector": list(model.connector.parameters()),
+        "language model": [p for p in model.language_model.parameters() if id(p) not in in_adapter],
+        "adapter": adapter,
+    }
+    return [
+        PartSummary(
+            part,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+        )
+        for part, parameters in parts.items()
+    ]
+
+
+def render_freeze_plan(plan: list[PartSummary]) -> str:
+    """The plan as a table, with shares of the whole."""
+    whole = sum(row.total for row in plan)
+    lines = [f"{'part':<16}{'parameters':>14}{'trained':>14}{'share':>9}"]
+    for row in [*plan, PartSummary("all", whole, sum(row.trained for row in plan))]:
+        share = row.trained / whole
+        lines.append(f"{row.part:<16}{row.total:>14,}{row.trained:>14,}{share:>9.2%}")
+    return "\n".join(lines)

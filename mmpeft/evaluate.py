@@ -1,0 +1,197 @@
+"""Score a bridge on a vision task, beside controls that show whether it looks at the picture.
+
+``majority`` answers each question with its commonest training answer. ``image_withheld`` asks the
+same model without the picture, ``image_shuffled`` with the picture of another row.
+"""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mmpeft.checkpoint import find_checkpoint, load
+from mmpeft.data import check_chat
+from mmpeft.task import Task
+
+SCHEMA = "mmpeft.eval/1"
+
+
+def evaluate(
+    model,
+    processor,
+    task: Task,
+    *,
+    samples: int | None = 1000,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[dict, list[dict]]:
+    """Accuracy of greedy replies on the task's test split.
+
+    Args:
+        samples: that many rows, drawn with ``seed``; ``None`` takes all.
+
+    Returns:
+        the report (see ``docs/json.md``) and the items, one dict a row.
+    """
+    everything = task.rows("test")
+    numbers = sorted(range(len(everything)))
+    if samples is not None and samples < len(numbers):
+        numbers = sorted(random.Random(seed).sample(numbers, samples))
+    rows = [everything[number] for number in numbers]
+    chats = [task.messages(row) for row in rows]
+    for number, row, chat in zip(numbers, rows, chats, strict=True):
+        check_chat(chat, task.where(row, number))
+
+    def score(prompts, name):
+        replies = generate_replies(model, processor, prompts, task.max_new_tokens, batch_size, name)
+        return replies, task.score(replies, rows)
+
+    prompts = [chat[:-1] for chat in chats]
+    replies, right = score(prompts, "bridge")
+    _, withheld = score([_with_image(prompt, None) for prompt in prompts], "image withheld")
+    _, shuffled = score(_shuffle_images(prompts, seed), "image shuffled")
+    majority = task.score(_majority_answers(task, chats), rows)
+    controls = {"majority": majority, "image_withheld": withheld, "image_shuffled": shuffled}
+
+    types = [task.question_type(row) for row in rows]
+    report = {"schema": SCHEMA, "task": task.name, "seed": seed, **_summary(right, controls)}
+    report["by_type"] = {
+        kind: _summary(*_only(right, controls, [t == kind for t in types]))
+        for kind in sorted(set(types))
+    }
+    items = [
+        {
+            "row": number,
+            "type": kind,
+            "question": _text(prompt),
+            "reference": chat[-1]["content"],
+            "reply": reply,
+            "right": bool(is_right),
+        }
+        for number, kind, prompt, chat, reply, is_right in zip(
+            numbers, types, prompts, chats, replies, right, strict=True
+        )
+    ]
+    return report, items
+
+
+@torch.inference_mode()
+def generate_replies(model, processor, prompts, max_new_tokens, batch_size, name) -> list[str]:
+    """Greedy replies to chats, batched by length of text, in the order of ``prompts``."""
+    order = sorted(range(len(prompts)), key=lambda i: len(_text(prompts[i])))
+    replies = [""] * len(prompts)
+    for start in tqdm(
+        range(0, len(order), batch_size), desc=name, unit="batch", disable=name is None
+    ):
+        batch = order[start : start + batch_size]
+        inputs = processor.apply_chat_template(
+            [prompts[i] for i in batch], add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt", padding=True,
+        ).to(model.device)  # fmt: skip
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = generated[:, inputs["input_ids"].shape[1] :]
+        for i, reply in zip(batch, processor.post_process_image_text_to_text(new), strict=True):
+            replies[i] = reply.strip()
+    return replies
+
+
+def _summary(right, controls) -> dict:
+    from statsmodels.stats.proportion import proportion_confint
+
+    n = len(right)
+    low, high = proportion_confint(sum(right), n, method="wilson")
+    return {
+        "n": n,
+        "accuracy": sum(right) / n,
+        "ci95": [float(low), float(high)],
+        "controls": {name: sum(scores) / n for name, scores in controls.items()},
+    }
+
+
+def _only(right, controls, keep):
+    def pick(scores):
+        return [score for score, kept in zip(scores, keep, strict=True) if kept]
+
+    return pick(right), {name: pick(scores) for name, scores in controls.items()}
+
+
+def _parts(message):
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text(prompt) -> str:
+    return " ".join(p["text"] for m in prompt for p in _parts(m) if p["type"] == "text")
+
+
+def _with_image(prompt, image):
+    """The prompt with every image replaced, or removed when ``image`` is ``None``."""
+    return [
+        message
+        | {
+            "content": [
+                part if part["type"] != "image" else {"type": "image", "image": image}
+                for part in _parts(message)
+                if part["type"] != "image" or image is not None
+            ]
+        }
+        for message in prompt
+    ]
+
+
+def _first_image(prompt):
+    parts = (part for message in prompt for part in _parts(message))
+    return next((part["image"] for part in parts if part["type"] == "image"), None)
+
+
+def _shuffle_images(prompts, seed):
+    """Every prompt with the image of another prompt, never its own if there is another."""
+    images = [_first_image(prompt) for prompt in prompts]
+    pool = images.copy()
+    random.Random(seed).shuffle(pool)
+    for i in range(len(pool)):  # swap away what landed on its own picture
+        if pool[i] == images[i]:
+            for j in range(len(pool)):
+                if pool[j] != images[i] and images[j] != pool[i]:
+                    pool[i], pool[j] = pool[j], pool[i]
+                    break
+    return [_with_image(prompt, image) for prompt, image in zip(prompts, pool, strict=True)]
+
+
+def _majority_answers(task, chats) -> list[str]:
+    """The commonest training answer to each question; of all questions if it is a new one."""
+    by_question, overall = {}, Counter()
+    for row in task.rows("train"):
+        chat = task.messages(row)
+        by_question.setdefault(_text(chat[:-1]), Counter())[chat[-1]["content"]] += 1
+        overall[chat[-1]["content"]] += 1
+    return [by_question.get(_text(chat[:-1]), overall).most_common(1)[0][0] for chat in chats]
+
+
+def evaluate_run(run, task: Task, **options) -> dict:
+    """Load a run, evaluate it, and keep report and items in the run folder."""
+    model, processor = load(run)
+    report, items = evaluate(model, processor, task, **options)
+    folder = Path(run) / "eval"
+    if find_checkpoint(run) == Path(run):  # a bare checkpoint: leave it as it is
+        return report
+    folder.mkdir(exist_ok=True)
+    (folder / f"{task.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (folder / f"{task.name}.items.jsonl").write_text(lines)
+    return report
+
+
+def render(report: dict) -> str:
+    """The report as a table."""
+    header = ("", "n", "accuracy", "95% CI", "majority", "withheld", "shuffled")
+    lines = ["{:<8}{:>7}{:>10}{:>16}{:>10}{:>10}{:>10}".format(*header)]
+    for name, part in {**report["by_type"], "all": report}.items():
+        low, high = part["ci95"]
+        controls = "".join(f"{value:>10.1%}" for value in part["controls"].values())
+        interval = f"{low:.1%} - {high:.1%}"
+        lines.append(f"{name:<8}{part['n']:>7}{part['accuracy']:>10.1%}{interval:>16}{controls}")
+    return f"{report['task']}\n" + "\n".join(lines)

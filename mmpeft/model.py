@@ -1,0 +1,314 @@
+"""The bridge: frozen vision encoder -> trained connector -> frozen LLM with a gated adapter."""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmpeft import adapters, checkpoint
+from mmpeft.gate import Gate, gate_mask
+
+
+class BridgeConfig(PreTrainedConfig):
+    """What a bridge is made of, by name; the frozen weights themselves are never in it.
+
+    Attributes:
+        text_config: the LLM's own config.
+        language_model: ``{"name", "revision", "dtype"}`` of the LLM.
+        vision_encoder: ``{"class_path", "init_args"}`` of a ``VisionEncoderConfig``.
+        connector: ``{"class_path", "init_args"}`` of a ``ConnectorConfig``.
+        gate: where the adapter acts, ``"none"`` or ``"sample"``.
+        num_image_tokens: positions one image takes in the LLM's sequence.
+        identities: weights hash of each frozen part, checked when a checkpoint is loaded.
+    """
+
+    model_type = "mmpeft_bridge"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (the upstream contract)
+
+    text_config: dict | PreTrainedConfig | None = None
+    language_model: dict | None = None
+    vision_encoder: dict | None = None
+    connector: dict | None = None
+    gate: str = "none"
+    num_image_tokens: int | None = None
+    identities: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            text_config = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
+        super().__post_init__(**kwargs)
+
+
+class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision-language model whose text path is the base LLM, provably where the gate is shut.
+
+    Build one with :meth:`from_parts`, load one with :meth:`from_pretrained`.
+    """
+
+    config_class = BridgeConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: BridgeConfig, vision_encoder, connector, language_model):
+        super().__init__(config)
+        self.vision_encoder = vision_encoder
+        self.connector = connector
+        self.language_model = language_model
+        self.generation_config = language_model.generation_config
+        self._gate = Gate(language_model, config.gate)
+        self.post_init()
+
+    def init_weights(self):
+        """Nothing to initialise: every part arrives with its weights."""
+
+    @classmethod
+    def from_parts(
+        cls, vision_encoder, connector, language_model: str, *, adapter=None, gate="none",
+        dtype="float32", revision=None,
+    ):  # fmt: skip
+        """Build an untrained bridge.
+
+        Args:
+            vision_encoder: a ``VisionEncoderConfig``.
+            connector: a ``ConnectorConfig``.
+            language_model: name or directory of a causal LM, or ``starter:NAME``.
+            adapter: a peft config such as ``LoraConfig(r=16)``; ``None`` trains no adapter.
+            gate: where the adapter acts, see :mod:`mmpeft.gate`.
+            dtype: floating type of the frozen LLM.
+        """
+        return checkpoint.assemble(
+            cls, vision_encoder, connector,
+            {"name": language_model, "revision": revision, "dtype": dtype}, adapter, gate,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        pixel_values: Tensor | None = None,  # (images, 3, H, W), in reading order over the batch
+        attention_mask: Tensor | None = None,  # (B, T), or (B, 1, T, T)
+        position_ids: Tensor | None = None,  # (B, T)
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,  # (B, T, D)
+        labels: Tensor | None = None,  # (B, T), -100 where nothing is to be learned
+        mm_token_type_ids: Tensor | None = None,  # (B, T), 1 at image positions
+        adapter_mask: Tensor | None = None,  # (B, 1), made by generate from the whole sequence
+        image_features: Tensor | None = None,  # (images, P, D_vision), instead of pixel_values
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One pass. Without ``mm_token_type_ids`` the batch is text only.
+
+        In training mode with ``labels`` the vocabulary projection runs at supervised positions
+        only and ``logits`` is ``None``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        if pixel_values is not None or image_features is not None:
+            image_tokens = self.get_image_features(pixel_values, image_features)  # (images, N, D)
+            inputs_embeds = self._place_images(inputs_embeds, image_tokens, mm_token_type_ids)
+        elif mm_token_type_ids is not None and adapter_mask is None and mm_token_type_ids.any():
+            raise ValueError("mm_token_type_ids marks image positions but no image was passed.")
+
+        self._gate.mask = self._adapter_mask(
+            adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds
+        )
+        supervised = None
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)
+            supervised = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T): where the next is learned
+        only = self._project_only(supervised) if self.training and labels is not None else None
+        with only or nullcontext():
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if labels is None:
+            return outputs
+        logits = outputs.logits[0] if only else outputs.logits[supervised]  # (supervised, V)
+        outputs.loss = _token_loss(logits, labels[:, 1:], num_items_in_batch)
+        if only:
+            outputs.logits = None
+        return outputs
+
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
+        """``(images, 3, H, W)`` to LLM embeddings ``(images, N, D)``."""
+        if image_features is None:
+            image_features = self.vision_encoder(pixel_values)  # (images, P, D_vision)
+        return self.connector(image_features, self.vision_encoder.grid)
+
+    def _place_images(self, inputs_embeds, image_tokens, mm_token_type_ids):
+        """Put the image tokens where ``mm_token_type_ids`` is 1."""
+        if mm_token_type_ids is None:
+            raise ValueError("images need mm_token_type_ids; make the inputs with BridgeProcessor.")
+        positions = mm_token_type_ids == 1  # (B, T)
+        expected = image_tokens.shape[0] * image_tokens.shape[1]
+        if int(positions.sum()) != expected:
+            raise ValueError(
+                f"{image_tokens.shape[0]} images give {expected} image tokens, but "
+                f"mm_token_type_ids marks {int(positions.sum())} positions."
+            )
+        return inputs_embeds.masked_scatter(
+            positions.unsqueeze(-1), image_tokens.to(inputs_embeds.dtype)
+        )
+
+    def _adapter_mask(self, given, mm_token_type_ids, past_key_values, inputs_embeds):
+        if self.config.gate == "none":
+            return None
+        if given is not None:
+            return given
+        batch_size = inputs_embeds.shape[0]
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "with a KV cache the gate must know which rows hold an image: pass adapter_mask "
+                "(B, 1), as generate does."
+            )
+        if mm_token_type_ids is None:
+            return inputs_embeds.new_zeros(batch_size, 1, dtype=torch.bool)
+        return gate_mask(self.config.gate, mm_token_type_ids)
+
+    @contextmanager
+    def _project_only(self, positions: Tensor):
+        """Inside, the LLM's vocabulary projection sees ``positions`` (B, T) only: (1, n, V)."""
+        hook = self.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0][positions].unsqueeze(0),)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    # ------------------------------------------------------------------------------- generate
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """As upstream; images enter at prefill only, the gate is told at every step."""
+        token_types = kwargs.get("mm_token_type_ids")  # (B, all so far)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if token_types is None:
+            token_types = input_ids.new_zeros(input_ids.shape[0], 1)
+        inputs["adapter_mask"] = gate_mask(self.config.gate, token_types)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("image_features", None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
+        """As upstream, but repeats the images row by row: a row may hold none or several."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        image_features = kwargs.pop("image_features", None)
+        if pixel_values is not None and expand_size > 1 and image_features is None:
+            image_features, pixel_values = self.vision_encoder(pixel_values), None
+        if image_features is not None and expand_size > 1:
+            per_row = (kwargs["mm_token_type_ids"] == 1).sum(1) // self.config.num_image_tokens
+            rows = image_features.split(per_row.tolist())
+            image_features = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        images = {"pixel_values": pixel_values, "image_features": image_features}
+        return input_ids, kwargs | {k: v for k, v in images.items() if v is not None}
+
+    # ---------------------------------------------------------------------------- the adapter
+
+    @contextmanager
+    def disable_adapter(self):
+        """Inside, the LLM is the untouched base; images still enter through the connector."""
+        if not hasattr(self.language_model, "peft_config"):
+            yield
+            return
+        # peft turns requires_grad on when it switches the adapter back on: put it back as it was
+        before = [(p, p.requires_grad) for p in self.language_model.parameters()]
+        try:
+            with self.language_model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
+
+    def merge_adapter(self):
+        """Fold the adapter into the LLM's weights, in place; only for gate ``none``."""
+        if self.config.gate != "none":
+            raise ValueError(
+                f"a gated adapter (gate {self.config.gate!r}) cannot be merged: the base must "
+                "stay reachable for rows without an image."
+            )
+        if hasattr(self.language_model, "peft_config"):
+            self.language_model = self.language_model.merge_and_unload()
+        return self
+
+    # ----------------------------------------------------------------------- a PreTrainedModel
+
+    def train(self, mode: bool = True):
+        """Frozen parts stay in eval mode; only connector and adapter switch."""
+        super().train(mode)
+        self.vision_encoder.eval()
+        self.language_model.eval()
+        adapters.set_adapter_mode(self.language_model, mode)
+        for module in self.language_model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode  # it recomputes only in training mode; no dropout of its own
+        return self
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("the base LLM's vocabulary is never touched: images need no token of it.")
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write what was trained, the config and the identities of the frozen parts."""
+        checkpoint.save(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Load a bridge from a folder or the hub; see :func:`mmpeft.checkpoint.load_model`."""
+        for key in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(key, None)  # the Auto classes pass these on; a bridge has no remote code
+        hub = {key: kwargs.pop(key) for key in checkpoint.HUB_OPTIONS if key in kwargs}
+        directory = checkpoint.find_checkpoint(pretrained_model_name_or_path, **hub)
+        return checkpoint.load_model(cls, directory, **kwargs)
+
+
+def _token_loss(logits: Tensor, next_labels: Tensor, num_items_in_batch) -> Tensor:
+    """Cross-entropy over the supervised tokens, ``logits`` (n, V), divided by their global count.
+
+    ``num_items_in_batch`` counts them over all accumulated micro-batches and processes, so that
+    the gradient does not depend on how a batch was cut.
+    """
+    targets = next_labels[next_labels != -100]  # (n,)
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+AutoConfig.register(BridgeConfig.model_type, BridgeConfig, exist_ok=True)
+AutoModelForImageTextToText.register(BridgeConfig, BridgeForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,70 @@
+"""Tasks: where rows come from, how a row becomes a chat, and what counts as right.
+
+The same task serves training and scoring. To add one, write a file in ``tasks/`` with a dataclass
+that subclasses :class:`Task`; its class name is then usable in YAML, its ``name`` on the command
+line.
+"""
+
+import re
+import string
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass
+class Task:
+    """One data set with its chat form and its score."""
+
+    name: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 32
+
+    def rows(self, split: str) -> Sequence[dict]:
+        """All rows of ``"train"`` or ``"test"``, in a fixed order."""
+        raise NotImplementedError
+
+    def messages(self, row: dict) -> list[dict]:
+        """The row as a chat that ends in the assistant's reference answer.
+
+        Content is text, or a list of ``{"type": "text", "text": ...}`` and
+        ``{"type": "image", "image": path, bytes or PIL image}``.
+        """
+        raise NotImplementedError
+
+    def where(self, row: dict, index: int) -> str:
+        """How an error message points at the row."""
+        return f"{self.name} row {index}"
+
+    def group(self, row: dict) -> Hashable | None:
+        """Rows of one group share their first messages and image; training may batch them."""
+        return None
+
+    def question_type(self, row: dict) -> str:
+        """Scores are also reported for each type."""
+        return "all"
+
+    def score(self, replies: list[str], rows: Sequence[dict]) -> list[float]:
+        """1.0 where the reply is right; by default, where it equals the reference answer."""
+        return [
+            float(normalize(reply) == normalize(self.messages(row)[-1]["content"]))
+            for reply, row in zip(replies, rows, strict=True)
+        ]
+
+
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, single spaces."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def all_tasks() -> dict[str, type[Task]]:
+    """Every known task class by name."""
+    import mmpeft.tasks  # noqa: F401 (importing it defines the tasks that ship)
+
+    found, queue = {}, [Task]
+    while queue:
+        for cls in queue.pop().__subclasses__():
+            queue.append(cls)
+            if "name" in cls.__dict__:
+                found[cls.name] = cls
+    return found

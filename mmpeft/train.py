@@ -1,0 +1,221 @@
+"""Training: build the parts, hand them to transformers.Trainer, stage by stage."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, set_seed
+
+from mmpeft import adapters, checkpoint
+from mmpeft.config import STAGES, RunConfig, load
+from mmpeft.data import Collator, ConversationDataset
+from mmpeft.model import BridgeForConditionalGeneration
+from mmpeft.processing import BridgeProcessor
+
+COMPLETE = "complete"  # written last into a Trainer checkpoint; one without it is torn
+
+
+def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
+    """Run a recipe from start to end, or on from its last complete checkpoint.
+
+    Args:
+        recipe: YAML file, see ``configs/``.
+        overrides: command-line style, for example ``["--instruct.max_steps", "50"]``.
+        resume: continue an interrupted run; the configuration must be the one it began with.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        FileExistsError: the run folder exists and ``resume`` is off.
+        ValueError: a bad configuration or a bad row, named.
+    """
+    config, resolved = load(recipe, overrides)
+    run = open_run_folder(Path(config.output_dir), resolved, resume)
+    set_seed(config.seed)
+    model, processor = build(config)
+    dataset = ConversationDataset(
+        config.data.task, "train", processor, config.data.chats_per_sample
+    )
+    calibrate(model, dataset)
+    stages = [name for name in STAGES if getattr(config, name) is not None]
+    for stage in stages:
+        last = stage == stages[-1]
+        final = run / "checkpoint" if last else run / "stages" / stage / "final"
+        if final.exists():
+            checkpoint.load_trained(model, final)
+            continue
+        train_stage(model, dataset, config, stage, run / "stages" / stage, resume)
+        save_final(model, processor, final)
+    print(f"trained: {run}", file=sys.stderr)
+    return run
+
+
+def open_run_folder(run: Path, resolved: str, resume: bool) -> Path:
+    """Create the run folder with its resolved config, or check that it is the one to resume."""
+    recorded = run / "config.yaml"
+    if not resume:
+        if run.exists():
+            raise FileExistsError(
+                f"run folder {run} exists; continue it with --resume, choose another "
+                "--output_dir, or remove it."
+            )
+        run.mkdir(parents=True)
+        recorded.write_text(resolved)
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    elif not recorded.is_file():
+        raise FileNotFoundError(f"nothing to resume: {recorded} does not exist.")
+    elif (was := recorded.read_text()) != resolved:
+        changed = set(was.splitlines()) ^ set(resolved.splitlines())
+        keys = sorted({line.strip().split(":")[0] for line in changed})
+        raise ValueError(f"{run} was begun with another configuration: {', '.join(keys)} differ.")
+    return run
+
+
+def build(config: RunConfig):
+    """Model and processor of a configuration."""
+    parts = config.model
+    model = BridgeForConditionalGeneration.from_parts(
+        parts.vision_encoder, parts.connector, parts.language_model, adapter=parts.adapter,
+        gate=parts.gate, dtype=parts.dtype, revision=parts.revision,
+    )  # fmt: skip
+    return model, BridgeProcessor.from_model(model, config.data.max_length)
+
+
+@torch.no_grad()
+def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> None:
+    """Give the connector the statistics of the frozen features, from evenly spread samples."""
+    step = max(1, len(dataset) // num_images)
+    features = []
+    for index in range(0, len(dataset), step):
+        pixel_values = dataset[index].get("pixel_values")
+        if pixel_values is not None:
+            features.append(model.vision_encoder(pixel_values).float())
+        if len(features) == num_images:
+            break
+    if features:
+        embedding_std = model.get_input_embeddings().weight.float().std().item()
+        model.connector.calibrate(torch.cat(features), model.vision_encoder.grid, embedding_std)
+
+
+def train_stage(model, dataset, config: RunConfig, stage: str, folder: Path, resume: bool) -> None:
+    """One stage on ``transformers.Trainer``."""
+    arguments = getattr(config, stage)
+    arguments.output_dir = str(folder)
+    arguments.seed = arguments.data_seed = config.seed
+    adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
+    plan = adapters.render_freeze_plan(adapters.freeze_plan(model))
+    print(f"\nstage {stage}\n{plan}", file=sys.stderr)
+    trainer = BridgeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(dataset.processor.tokenizer.pad_token_id),
+        callbacks=[MetricsFile(folder.parent.parent, stage)],
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+
+
+class BridgeTrainer(Trainer):
+    """Trainer whose checkpoints hold what trains, and which has a learning rate per part."""
+
+    def create_optimizer(self, model=None):
+        groups = [
+            (self.model.connector.parameters(), self.args.connector_learning_rate),
+            (
+                adapters.adapter_parameters(self.model.language_model),
+                self.args.adapter_learning_rate,
+            ),
+        ]
+        groups = [([p for p in ps if p.requires_grad], lr) for ps, lr in groups]
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer_class(
+            [{**options, "params": ps, "lr": lr} for ps, lr in groups if ps],
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        os.sync()
+        (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint.load_trained(self.model, resume_from_checkpoint)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest Trainer checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    newest = max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def save_final(model, processor, final: Path) -> None:
+    """Write a finished stage whole or not at all."""
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(final)
+
+
+class MetricsFile(TrainerCallback):
+    """Keeps ``metrics.jsonl`` and ``loss.png`` of the run up to date."""
+
+    def __init__(self, run: Path, stage: str):
+        self.run, self.stage = run, stage
+
+    def _write(self, state):
+        path = self.run / "metrics.jsonl"
+        others = []
+        if path.is_file():
+            others = [r for r in map(json.loads, path.open()) if r["stage"] != self.stage]
+        rows = others + [{"stage": self.stage, **entry} for entry in state.log_history]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draw_loss(rows, self.run / "loss.png")
+
+    def on_save(self, args, state, control, **kwargs):
+        self._write(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(state)
+
+
+def draw_loss(rows: list[dict], path: Path) -> None:
+    """The loss of every stage over its steps, one after the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    offset = 0
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        points = [(r["step"], r["loss"]) for r in rows if r["stage"] == stage and "loss" in r]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot([offset + step for step in steps], losses, label=stage)
+            offset += steps[-1]
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if offset:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def environment() -> dict:
+    """Versions and hardware that a result depends on."""
+    packages = ("mmpeft", "torch", "transformers", "peft", "timm", "open_clip_torch", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,94 @@
+"""Your own data: a JSONL file of chats with images.
+
+Each line is ``{"messages": [...]}`` with the roles and typed parts of transformers and TRL:
+
+    {"messages": [
+      {"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
+                                   {"type": "text", "text": "What is this?"}]},
+      {"role": "assistant", "content": "A cat."}]}
+
+Image paths are relative to the file. Alternatively parts say only ``{"type": "image"}`` and the
+line has ``"images": [...]``, one for each part in reading order.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmpeft.task import Task
+
+
+@dataclass
+class Messages(Task):
+    """
+    Attributes:
+        train: JSONL file to train on.
+        test: JSONL file to score on; the last assistant message is the reference.
+    """
+
+    name = "messages"
+
+    train: str | None = None
+    test: str | None = None
+
+    def rows(self, split):
+        path = getattr(self, split)
+        if path is None:
+            raise ValueError(f"task messages has no {split} file; set {split}: FILE.jsonl.")
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"task messages: {split} file {path} does not exist.")
+        with path.open(encoding="utf-8") as lines:
+            rows = [_read(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise ValueError(f"{path} has no rows.")
+        return rows
+
+    def where(self, row, index):
+        return row["where"]
+
+    def messages(self, row):
+        given = None if row["images"] is None else iter(row["images"])
+        chat, missing, marks = [], 0, 0
+        for message in row["messages"]:
+            content = message["content"]
+            if isinstance(content, list):
+                content = [dict(part) for part in content]
+                for part in content:
+                    if part.get("type") != "image":
+                        continue
+                    marks += 1
+                    if given is not None:
+                        part["image"] = next(given, None)
+                        missing += part["image"] is None
+                    if isinstance(part.get("image"), str):
+                        part["image"] = _beside(row["folder"], part["image"])
+            chat.append({"role": message["role"], "content": content})
+        if given is not None and (missing or marks != len(row["images"])):
+            raise ValueError(
+                f"{row['where']}: images: {len(row['images'])} images for {marks} image parts in "
+                "the messages; give one for each part."
+            )
+        return chat
+
+
+def _read(path: Path, number: int, line: str) -> dict:
+    where = f"{path} line {number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); write one object a line.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise ValueError(f"{where}: field 'messages' is missing or no list.")
+    return {
+        "messages": row["messages"],
+        "images": row.get("images"),
+        "folder": str(path.parent),
+        "where": where,
+    }
+
+
+def _beside(folder: str, image: str) -> str:
+    if image.startswith(("data:", "http://", "https://")):
+        return image
+    return str(Path(folder) / image)

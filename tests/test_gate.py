@@ -1,0 +1,131 @@
+"""Where the gate is shut, the bridge is the base LLM to the bit."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from transformers import AutoModelForCausalLM
+
+from mmpeft.gate import gate_mask
+
+from .conftest import model_inputs, user
+
+TEXTS = ["hello", "a rather longer question, with more words"]
+
+
+def text_only(batch):
+    return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_rows_equal_the_untouched_llm(make_bridge, llm_dir, training, side, dtype):
+    model, processor = make_bridge("sample", dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=getattr(torch, dtype))
+    processor.tokenizer.padding_side = side
+    batch = text_only(model_inputs(processor, [[user(t)] for t in TEXTS]))
+    model.train(training)
+    assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_text_rows_of_a_mixed_batch_equal_the_base_on_the_same_batch(tiny, images, training):
+    model, processor = tiny
+    chats = [[user(images[0], "what?")], [user("only text")], [user(images[1], images[2], "both")]]
+    batch = model_inputs(processor, chats)
+    model.train(training)
+    bridge = model(**batch).logits
+    with model.disable_adapter():
+        base = model(**batch).logits
+    assert torch.equal(bridge[1], base[1])
+    for row in (0, 2):
+        assert not torch.allclose(bridge[row], base[row], atol=1e-3)
+
+
+def test_generation_of_text_rows_in_a_mixed_batch_is_the_base(tiny, images):
+    model, processor = tiny
+    chats = [[user(images[0], "what?")], [user("only text")]]
+    batch = model_inputs(processor, chats)
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True,
+               "return_dict_in_generate": True}  # fmt: skip
+    bridge = model.generate(**batch, **options)
+    with model.disable_adapter():
+        base = model.generate(**batch, **options)
+    same = torch.stack(bridge.logits)[:, 1], torch.stack(base.logits)[:, 1]
+    assert torch.equal(*same)
+    changed = torch.stack(bridge.logits)[:, 0], torch.stack(base.logits)[:, 0]
+    assert not torch.allclose(*changed, atol=1e-3)
+
+
+def test_an_image_keeps_the_gate_open_under_the_kv_cache(tiny, images):
+    model, processor = tiny
+    batch = model_inputs(processor, [[user(images[0], "what?")]])
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True,
+               "return_dict_in_generate": True}  # fmt: skip
+    cached = torch.stack(model.generate(**batch, **options, use_cache=True).logits)
+    whole = torch.stack(model.generate(**batch, **options, use_cache=False).logits)
+    torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_gate_none_acts_on_text(make_bridge):
+    model, processor = make_bridge("none")
+    batch = text_only(model_inputs(processor, [[user("hello")]]))
+    bridge = model(**batch).logits
+    with model.disable_adapter():
+        assert not torch.allclose(bridge, model(**batch).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["none", "sample"])
+def test_disabled_adapter_is_the_base(make_bridge, llm_dir, gate):
+    model, processor = make_bridge(gate)
+    base = AutoModelForCausalLM.from_pretrained(llm_dir)
+    batch = text_only(model_inputs(processor, [[user(t)] for t in TEXTS]))
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
+def test_disabling_the_adapter_leaves_what_trains_as_it_was(tiny):
+    model, _ = tiny
+    model.requires_grad_(False)
+    with model.disable_adapter():
+        pass
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_infinite_adapter_output_does_not_leak_through_the_shut_gate(tiny):
+    model, processor = tiny
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, float("inf"))
+    batch = text_only(model_inputs(processor, [[user("hello")]]))
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_mask_by_hand():
+    token_types = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
+    assert gate_mask("none", token_types) is None
+    assert gate_mask("sample", token_types).tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoraConfig(use_dora=True, target_modules=["q_proj"]), IA3Config(
+        target_modules=["q_proj"], feedforward_modules=[])])  # fmt: skip
+def test_adapters_that_cannot_be_gated_are_refused(make_bridge, adapter):
+    with pytest.raises(ValueError, match="gate 'sample' serves plain LoRA.*Use gate 'none'"):
+        make_bridge("sample", adapter=adapter)
+    make_bridge("none", adapter=adapter)
+
+
+def test_unknown_gate_and_gate_without_adapter(make_bridge):
+    with pytest.raises(ValueError, match="gate 'smaple' is unknown; choose one of none, sample"):
+        make_bridge("smaple")
+    with pytest.raises(ValueError, match="needs an adapter"):
+        make_bridge("sample", adapter=None)
+
+
+def test_a_cache_without_the_gates_mask_is_refused(tiny, images):
+    model, processor = tiny
+    batch = model_inputs(processor, [[user(images[0], "what?")]])
+    cache = model(**batch, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="pass adapter_mask"):
+        model(input_ids=batch["input_ids"][:, :1], past_key_values=cache)

@@ -113,9 +113,7 @@ def parser():
     """The jsonargparse parser of ``RunConfig``."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(
-        subclasses_enabled=[ConnectorConfig, VisionEncoderConfig, Task, PeftConfig]
-    )
+    set_parsing_settings(subclasses_enabled=list(_BASES.values()))
     result = ArgumentParser(prog="mmpeft train", exit_on_error=False)
     result.add_argument("--config", action="config", help="YAML recipe")
     result.add_class_arguments(RunConfig, as_group=False)
@@ -148,41 +146,52 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
             del parts["config"]
             return RunConfig(**parts), resolved
     except ArgumentError as error:
-        raise ValueError(f"{path}: {_explain(str(error), run_parser)}") from None
+        raise ValueError(f"{path}: {_explain(str(error))}") from None
 
 
-def _explain(message: str, run_parser) -> str:
+def _explain(message: str) -> str:
     """jsonargparse's error in one line, with the nearest valid key or class."""
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message) or re.search(
-        r"(?:nrecognized arguments: --|Key |key ['\"])([\w.]+)", message
-    ):
-        key = found[1].split("=")[0]
-        if "is not accepted" in message or "nrecognized" in message or "not found" in message:
-            return f"unknown key {key!r}.{did_you_mean(key.rsplit('.', 1)[-1], _known_keys())}"
-    if found := re.search(
-        r"(?:Expected a dot import path string|class_path)[^\w]*([\w.]+)", message
-    ):
-        known = {c.__name__: b for b in _BASES for c in _subclasses(b)}
-        if found[1] not in known and "." not in found[1]:
-            return f"unknown class {found[1]!r}.{did_you_mean(found[1], list(known))}"
+    if found := _UNKNOWN_KEY.search(message):
+        key = next(filter(None, found.groups()))
+        ours, every = _keys(RunConfig, ModelConfig, DataConfig, StageConfig), _keys(*_all_parts())
+        wrong = next((part for part in key.split(".") if part not in ours | every), key)
+        near_ours = difflib.get_close_matches(wrong, ours, n=1, cutoff=0.7)
+        return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or ours | every)}"
+    if found := _UNKNOWN_CLASS.search(message):
+        known = [cls.__name__ for cls in _subclasses(_BASES[found[1]])]
+        return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], known)}"
     return " ".join(message.split())
 
 
-_UNKNOWN_CLASS = r"(?:Expected a dot import path string|class_path)[^\w]*([\w.]+)"
-_BASES = (ConnectorConfig, VisionEncoderConfig, Task, PeftConfig)
+_UNKNOWN_KEY = re.compile(
+    r"Option '([\w.]+)' is not accepted"
+    r"|does not accept option '([\w.]+)'"
+    r"|nrecognized arguments: --([\w.]+)"
+)
+_UNKNOWN_CLASS = re.compile(
+    r'key "(?:\w+\.)*(\w+)":\s.*?Expected a dot import path string: (\w+)', re.DOTALL
+)
+_BASES = {
+    "vision_encoder": VisionEncoderConfig,
+    "connector": ConnectorConfig,
+    "adapter": PeftConfig,
+    "task": Task,
+}
 
 
 def _subclasses(cls):
     return [s for direct in cls.__subclasses__() for s in (direct, *_subclasses(direct))]
 
 
-def _known_keys() -> list[str]:
-    classes = [RunConfig, ModelConfig, DataConfig, StageConfig]
-    classes += [c for base in _BASES for c in (base, *_subclasses(base))]
-    return [f.name for c in classes if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)]
+def _all_parts():
+    return [cls for base in _BASES.values() for cls in (base, *_subclasses(base))]
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
+def _keys(*classes) -> set[str]:
+    return {f.name for c in classes if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)}
+
+
+def did_you_mean(word: str, known) -> str:
     """`` Did you mean 'x'?``, or the list of what there is."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(set(known)))}."

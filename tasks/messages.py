@@ -51,7 +51,7 @@ class Messages(Task):
         given = None if row["images"] is None else iter(row["images"])
         chat, missing, marks = [], 0, 0
         for message in row["messages"]:
-            content = message["content"]
+            content = message.get("content")
             if isinstance(content, list):
                 content = [dict(part) for part in content]
                 for part in content:
@@ -63,7 +63,7 @@ class Messages(Task):
                         missing += part["image"] is None
                     if isinstance(part.get("image"), str):
                         part["image"] = _beside(row["folder"], part["image"])
-            chat.append({"role": message["role"], "content": content})
+            chat.append(message | {"content": content})
         if given is not None and (missing or marks != len(row["images"])):
             raise ValueError(
                 f"{row['where']}: images: {len(row['images'])} images for {marks} image parts in "
@@ -80,6 +80,9 @@ def _read(path: Path, number: int, line: str) -> dict:
         raise ValueError(f"{where}: not JSON ({error}); write one object a line.") from None
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise ValueError(f"{where}: field 'messages' is missing or no list.")
+    for n, message in enumerate(row["messages"]):
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: messages[{n}] is no object with role and content.")
     return {
         "messages": row["messages"],
         "images": row.get("images"),

@@ -102,7 +102,9 @@ def images():
 def user(*parts):
     """A user message of text and pictures."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
         for part in parts
     ]
     return {"role": "user", "content": content}
@@ -130,3 +132,17 @@ def jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def starter_path():
+    """Local directory of a starter asset; skips only when it cannot be downloaded."""
+    from mmpeft import starter
+
+    def path(name):
+        try:
+            return str(starter.path(name))
+        except starter.DownloadError as error:
+            pytest.skip(f"starter asset {name} cannot be downloaded: {error}")
+
+    return path

@@ -53,7 +53,9 @@ def test_images_are_encoded_once_in_generation(tiny, images, monkeypatch):
     calls = []
     encode = type(model.vision_encoder).forward
     monkeypatch.setattr(
-        type(model.vision_encoder), "forward", lambda self, x: calls.append(len(x)) or encode(self, x)
+        type(model.vision_encoder),
+        "forward",
+        lambda self, x: calls.append(len(x)) or encode(self, x),
     )
     batch = model_inputs(processor, [[user(images[0], "a")], [user(images[1], images[2], "b")]])
     model.generate(**batch, **GREEDY)

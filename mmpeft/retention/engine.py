@@ -94,7 +94,9 @@ class SideLM(TemplateLM):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions(mask),
-            logits_to_keep=keep,
+            # an index makes a contiguous copy; a slice (an int) sends a frozen projection down a
+            # path that copies the vocabulary matrix once for every row
+            logits_to_keep=torch.arange(width - keep, width, device=self.device),
         ).logits
 
     def _score(self, logits: torch.Tensor, answer_ids: list[int]) -> tuple[float, bool]:
@@ -237,16 +239,17 @@ def pair(base: Answers, bridge: Answers) -> dict[str, list[tuple[Item, Item]]]:
             f"tasks differ: base {sorted(base.tasks)}, bridge {sorted(bridge.tasks)}"
         )
     for task, items in base.tasks.items():
-        others = {item.doc_id: item for item in bridge.tasks[task]}
-        if sorted(others) != [item.doc_id for item in items] or len(others) != len(items):
+        others = bridge.tasks[task]
+        ids = [item.doc_id for item in items]
+        if ids != [item.doc_id for item in others] or len(set(ids)) != len(ids):
             raise RetentionError(f"{task}: base and bridge answered different documents")
-        for item in items:
-            if item.sha256 != others[item.doc_id].sha256:
+        pairs[task] = list(zip(items, others, strict=True))
+        for one, other in pairs[task]:
+            if one.sha256 != other.sha256:
                 raise RetentionError(
-                    f"{task}: document {item.doc_id} or its prompt changed between base and "
-                    "bridge; their answers cannot be compared. Leave the task files alone while it runs."
+                    f"{task}: document {one.doc_id} or its prompt changed between base and "
+                    "bridge; leave the task files alone while a comparison runs"
                 )
-        pairs[task] = [(item, others[item.doc_id]) for item in items]
     if base.batches != bridge.batches:
         raise RetentionError(
             "base and bridge ran different batches, so small differences mean nothing"

@@ -11,7 +11,7 @@ from pathlib import Path
 import mmpeft
 from mmpeft.retention.engine import Suite, pair
 from mmpeft.retention.proof import prompts_sha256, prove
-from mmpeft.retention.sides import SIDES, evaluation
+from mmpeft.retention.sides import SIDES
 from mmpeft.retention.statistics import MARGIN, compare
 from mmpeft.retention.text import compare_text, embedded_text
 
@@ -59,13 +59,15 @@ def retain(
         )
     start = time.perf_counter()
     questions = Suite(suite, suite_folder, samples, seed)  # first: it fails at once if misspelt
-    with evaluation(model):
-        deltas = prove(model, processor, image_prompts, irrelevant_image or photograph())
-        prose = compare_text(
-            model, processor.tokenizer, embedded_text() if text is None else text,
-            max_tokens=max_tokens,
-        )  # fmt: skip
-        base, bridge = (questions.ask(model, processor.tokenizer, name) for name in SIDES)
+    irrelevant_image = photograph() if irrelevant_image is None else irrelevant_image
+    deltas = prove(model, processor, image_prompts, irrelevant_image)
+    prose = compare_text(
+        model,
+        processor.tokenizer,
+        embedded_text() if text is None else text,
+        max_tokens=max_tokens,
+    )
+    base, bridge = (questions.ask(model, processor.tokenizer, name) for name in SIDES)
 
     gate = model.config.gate
     unchanged = gate != "none" and deltas["text"] == 0 and prose["max_abs_dlogit"] == 0
@@ -220,8 +222,9 @@ def render(report: dict) -> str:
         lines.append("  ".join([first, *middle, last]).rstrip())
     lines += [
         "",
+        "Prose and tasks hold no image. After an image the adapter is at work, whatever the gate.",
         "delta, interval: points, bridge - base, same items; gained, lost: answers that flipped",
-        "visible drop: what this n would have called degraded with 80% power, at these flips",
+        "visible drop: the smallest loss this n shows with 80% power, at this rate of flips",
         "all: the tasks whose base is above chance, pooled; the verdict on top is theirs",
     ]
     return "\n".join(lines) + "\n"

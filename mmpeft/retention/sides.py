@@ -39,7 +39,7 @@ def both_logits(model, batch: dict, what: str) -> tuple[torch.Tensor, torch.Tens
     kept = batch["attention_mask"].bool()
     out = []
     for name in SIDES:
-        with side(model, name):
+        with evaluation(model), side(model, name):
             logits = model(**batch).logits
         check_finite(logits[kept], f"{name} on {what}")
         out.append(logits)

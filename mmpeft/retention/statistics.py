@@ -56,7 +56,7 @@ def paired_interval(gained: int, lost: int, n: int, confidence: float) -> tuple[
 
 
 def smallest_detectable_drop(flips: int, n: int) -> float:
-    """The drop that this n would call degraded with 80% power, at the flip rate that was seen.
+    """The drop whose upper bound falls below 0 with 80% power, at the flip rate that was seen.
 
     A drop cannot exceed the share of answers that flip, hence the second term.
     """

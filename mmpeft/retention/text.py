@@ -53,6 +53,7 @@ def compare_text(
     if not ids:
         raise RetentionError("the text to measure on is empty")
     scored = text[: coded["offset_mapping"][len(ids) - 1][1]]
+    window = min(window, model.config.get_text_config().max_position_embeddings)
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     opening = start_token(tokenizer)
 

@@ -1,0 +1,210 @@
+"""Chat with a run in the browser: the bridge, or its base LLM, on the same chat."""
+
+import random
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+from transformers import TextIteratorStreamer
+
+SIDES = ("bridge", "base LLM")
+FAILED = "No reply; this turn is left out of the chat"
+
+# The switched-off adapter and the gate's mask are state of the model: one reply at a time. Gradio
+# alone does not see to that, it counts a page and its API as two queues.
+_model_in_use = threading.Lock()
+
+
+def launch(run, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serve the chat page of a run until interrupted; it needs nothing from elsewhere.
+
+    Raises:
+        ValueError: gradio is not installed, or the run does not load.
+        OSError: there is no such run, or the port is taken.
+    """
+    gr = _gradio()
+    from mmpeft.checkpoint import load
+
+    model, processor = load(run)
+    page = build(model, processor, Path(run).resolve().name, find_examples(run))
+    page.launch(
+        server_name=host, server_port=port, share=False, ssr_mode=False, show_error=True,
+        footer_links=[], theme=gr.themes.Default(),  # its fonts ship with gradio
+        css="button[title=Share] {display: none}",  # it only works on Hugging Face Spaces
+    )  # fmt: skip
+
+
+def build(model, processor, name: str, examples: Sequence[dict] = ()):
+    """The chat page as ``gr.Blocks``.
+
+    Args:
+        name: what the page calls the model.
+        examples: messages to click on, ``{"text": str, "files": [path, ...]}``.
+    """
+    gr = _gradio()
+
+    def reply(message, history, side, max_new_tokens, temperature):
+        try:
+            messages = to_messages(history, message)
+            yield from stream_reply(model, processor, messages, side, max_new_tokens, temperature)
+        except Exception as error:  # not raised: after that Gradio leaves the message box locked
+            if not isinstance(error, (ValueError, OSError)):
+                traceback.print_exc()
+            problem = str(error) or type(error).__name__
+            yield {"role": "assistant", "content": problem, "metadata": {"title": FAILED}}
+
+    with gr.Blocks(
+        title=f"mmpeft: {name}", analytics_enabled=False, fill_height=True,
+        delete_cache=(3600, 86400),  # uploads: looked at hourly, kept for a day (seconds)
+    ) as page:  # fmt: skip
+        parts = model.config.identities
+        gr.Markdown(
+            f"**{name}** · `{parts['language_model']['name']}` sees through "
+            f"`{parts['vision_encoder']['name']}` · gate `{model.config.gate}`"
+        )
+        with gr.Row():
+            side = gr.Radio(
+                SIDES, value=SIDES[0], label="answering",
+                info="base LLM: adapter off, images still enter",
+            )  # fmt: skip
+            max_new_tokens = gr.Slider(1, 1024, 128, step=1, label="max new tokens")
+            temperature = gr.Slider(0, 2, 0, step=0.1, label="temperature", info="0: greedy")
+        gr.ChatInterface(
+            reply,
+            multimodal=True,
+            chatbot=gr.Chatbot(show_label=False, scale=1, buttons=["copy"]),
+            textbox=gr.MultimodalTextbox(
+                file_types=["image"], file_count="multiple", stop_btn=True,
+                placeholder="Ask something; add images with the paper clip",
+            ),
+            additional_inputs=[side, max_new_tokens, temperature],
+            examples=[[example] for example in examples] or None,
+            analytics_enabled=False,  # it does not inherit the page's
+        )  # fmt: skip
+    return page
+
+
+def stream_reply(
+    model, processor, messages, side=SIDES[0], max_new_tokens=128, temperature=0.0
+) -> Iterator[str]:
+    """Generate in a thread; yield the reply so far each time it grows, at least once.
+
+    Closing the generator stops the generation.
+
+    Args:
+        messages: the whole chat, ending in the user's turn.
+        side: ``"bridge"``, or ``"base LLM"`` for the model with its adapter off.
+        temperature: 0 is greedy.
+
+    Raises:
+        ValueError: an unknown side, an unreadable image, or a chat too long for the context.
+        Exception: whatever the generation raised.
+    """
+    if side not in SIDES:
+        raise ValueError(f"side {side!r} is unknown; choose one of {', '.join(SIDES)}.")
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if context is not None and length + max_new_tokens > context:
+        raise ValueError(
+            f"the chat has {length} tokens, so a reply of {max_new_tokens} does not fit the "
+            f"context of {context}; lower max new tokens or clear the chat."
+        )
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answering = model.disable_adapter() if side == SIDES[1] else nullcontext()
+    stopped, errors = threading.Event(), []
+
+    def generate():
+        try:
+            with _model_in_use, answering:
+                model.generate(
+                    **inputs, streamer=streamer, max_new_tokens=max_new_tokens,
+                    do_sample=temperature != 0, temperature=temperature or None,
+                    stopping_criteria=[lambda *_, **__: stopped.is_set()],
+                )  # fmt: skip
+        except BaseException as error:
+            errors.append(error)
+            streamer.on_finalized_text("", stream_end=True)  # or the reader would wait forever
+
+    worker = threading.Thread(target=generate, daemon=True)
+    worker.start()
+    text = ""
+    try:
+        for piece in streamer:
+            text += piece
+            if piece:
+                yield text
+    finally:
+        stopped.set()
+        worker.join()
+    if errors:
+        raise errors[0]
+    if not text:
+        yield text
+
+
+def to_messages(history: list[dict], message: dict) -> list[dict]:
+    """Gradio's history and new message as chat messages with typed parts.
+
+    A turn that failed, or was stopped before it had a reply, is left out: a picture that cannot be
+    read would otherwise spoil every later turn.
+
+    Args:
+        history: ``{"role", "content"}``; content is a text, a file, or a list of such.
+        message: ``{"text": str, "files": [path or {"path": ...}, ...]}``.
+    """
+    files = [file if isinstance(file, dict) else {"path": file} for file in message["files"]]
+    turns = [turn for turn in history if (turn.get("metadata") or {}).get("title") != FAILED]
+    turns.append({"role": "user", "content": [*files, message["text"] or []]})
+    roles_in_turn = [*pairwise(turn["role"] for turn in turns), None]
+    return [
+        {"role": turn["role"], "content": _parts(turn["content"])}
+        for turn, roles in zip(turns, roles_in_turn, strict=True)
+        if roles != ("user", "user")
+    ]
+
+
+def _parts(content) -> list[dict]:
+    """Whatever Gradio or a task calls content, as typed parts."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, list):
+        return [part for item in content for part in _parts(item)]
+    if content.get("type") == "text":
+        return _parts(content["text"])
+    if content.get("type") == "image":
+        return [content]
+    return [{"type": "image", "image": content.get("file", content)["path"]}]
+
+
+def find_examples(run) -> list[dict]:
+    """The first message of one test row of each type of the run's task, if that is at hand."""
+    from mmpeft.config import task_of_run
+
+    try:
+        task = task_of_run(run)
+        rows = list(task.rows("test")) if task else []
+    except (ValueError, OSError):
+        return []  # a chat does not need them
+    random.Random(0).shuffle(rows)  # neighbours often share a picture
+    examples = []
+    for row in {task.question_type(row): row for row in rows}.values():
+        parts = _parts(task.messages(row)[0]["content"])
+        text = " ".join(part["text"] for part in parts if part["type"] == "text")
+        files = [part["image"] for part in parts if part["type"] == "image"]
+        if all(isinstance(file, str) for file in files):
+            examples.append({"text": text, "files": files})
+    return examples
+
+
+def _gradio():
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError("the chat page needs gradio: pip install 'mmpeft[demo]'") from None
+    return gradio

@@ -1,0 +1,81 @@
+"""The command line: help that is instant, JSON that is alone, errors in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mmpeft import cli
+from mmpeft.train import train
+
+from .test_train import recipe  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def run(recipe):  # noqa: F811
+    return str(train(recipe))
+
+
+def command(*arguments, capsys):
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_ask_prints_one_json_object_and_nothing_else(run, capsys, tmp_path):
+    image = str(next(tmp_path.glob("*.png")))
+    code, out, _ = command(
+        "ask", run, "--image", image, "number 1", "--max_new_tokens", "4", "--json", capsys=capsys
+    )
+    report = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert report["schema"] == "mmpeft.ask/1" and report["model"] == "bridge"
+    assert set(report) == {"schema", "run", "model", "question", "images", "reply"}
+
+
+def test_eval_reports_and_reproduces_to_the_item(run, capsys, tmp_path):
+    items = tmp_path / "run/eval/messages.items.jsonl"
+    code, out, _ = command("eval", run, "--task", "messages", "--json", capsys=capsys)
+    report, first = json.loads(out), items.read_text()
+    assert code == 0 and report["n"] == 12
+    assert {"schema", "task", "n", "accuracy", "ci95", "by_type", "controls"} <= set(report)
+    assert set(report["controls"]) == {"majority", "image_withheld", "image_shuffled"}
+    fresh = [sys.executable, "-m", "mmpeft", "eval", run, "--task", "messages", "--json"]
+    again = subprocess.run(fresh, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == report and items.read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "RUN", "--image", "gone.jpg", "what?"], "gone.jpg does not exist"),
+        (["ask", "RUN", "x" * 600], "do not fit the context of 512"),
+        (["ask", "nowhere", "what?"], "no run at nowhere"),
+        (["eval", "RUN", "--task", "easy_vqua"], "Did you mean 'easy_vqa'"),
+        (["eval", "RUN", "--task", "messages", "--samples", "few"], "a number or 'all'"),
+        (["train", "gone.yaml"], "recipe gone.yaml does not exist"),
+        (["starter", "easyvqa"], "easy-vqa"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_non_zero_exit(run, capsys, arguments, message):
+    arguments = [run if a == "RUN" else a for a in arguments]
+    code, out, err = command(*arguments, capsys=capsys)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and not out
+    assert last.startswith("mmpeft: error: ") and message in last
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "retain", "ask", "chat", "starter"])
+def test_help_teaches(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0 and f"mmpeft {name}" in capsys.readouterr().out.split("\nexample")[1]
+
+
+def test_help_is_instant():
+    slow = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mmpeft", "--help"],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    assert not any(f" {m}\n" in slow for m in ("torch", "transformers", "peft", "timm"))

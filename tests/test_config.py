@@ -1,0 +1,114 @@
+"""Recipes: typed, overridable, and strict about names."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from mmpeft import config
+
+SHIPPED = sorted(Path(str(files("mmpeft.configs"))).glob("*.yaml"))
+
+RECIPE = """
+output_dir: {output_dir}
+model:
+  vision_encoder: {{class_path: TimmEncoderConfig, init_args: {{name: {encoder}, image_size: 64}}}}
+  connector: {{class_path: MLPConnectorConfig}}
+  language_model: {llm}
+  adapter: {{class_path: LoraConfig, init_args: {{r: 4, target_modules: [q_proj, v_proj]}}}}
+  gate: sample
+data:
+  task: {{class_path: Messages, init_args: {{train: {data}, test: {data}}}}}
+align: {{max_steps: 4, per_device_train_batch_size: 2, use_cpu: true, save_steps: 2}}
+instruct:
+  max_steps: 8
+  per_device_train_batch_size: 2
+  use_cpu: true
+  save_steps: 2
+  logging_steps: 1
+  connector_learning_rate: 1e-4
+  adapter_learning_rate: 1e-2
+"""
+
+
+def write_recipe(folder, **values):
+    values = {"output_dir": folder / "run", "encoder": "e", "llm": "l", "data": "d"} | values
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(**values))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses_and_opens_with_its_launch_command(path):
+    parsed, resolved = config.load(path)
+    assert parsed.model.gate in ("none", "sample")
+    assert f"mmpeft train configs/{path.name}" in path.read_text().split("\n\n")[0]
+    again = Path(parsed.output_dir).name  # the resolved recipe is a recipe, too
+    assert again in resolved
+
+
+def test_scientific_notation_is_a_float_and_the_command_line_wins(tmp_path):
+    parsed, _ = config.load(
+        write_recipe(tmp_path),
+        ["--instruct.max_steps", "3", "--model.adapter.init_args.r", "2", "--model.gate=none"],
+    )
+    assert parsed.instruct.connector_learning_rate == 1e-4
+    assert isinstance(parsed.instruct.connector_learning_rate, float)
+    assert (parsed.instruct.max_steps, parsed.model.adapter.r, parsed.model.gate) == (3, 2, "none")
+
+
+def test_the_resolved_recipe_reads_back_the_same(tmp_path):
+    _, resolved = config.load(write_recipe(tmp_path))
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved)
+    assert config.load(again)[1] == resolved
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gate:", "gaet:", "'gate'"),
+        ("max_steps: 8", "max_stpes: 8", "'max_steps'"),
+        ("r: 4", "rr: 4", "'r'"),
+        ("image_size", "image_sise", "'image_size'"),
+        ("align:", "aling:", "'align'"),
+        ("MLPConnectorConfig", "MLPConectorConfig", "'MLPConnectorConfig'"),
+        ("TimmEncoderConfig", "TimEncoderConfig", "'TimmEncoderConfig'"),
+        ("LoraConfig", "LoarConfig", "'LoraConfig'"),
+        ("class_path: Messages", "class_path: Mesages", "'Messages'"),
+    ],
+)
+def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, old, new, message):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"Did you mean {message}") as error:
+        config.load(path)
+    assert "\n" not in str(error.value) and "recipe.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gate: sample", "gate: sometimes", "gate"),
+        ("max_steps: 8", "max_steps: many", "max_steps"),
+        ("output_dir", "  - output_dir", "recipe.yaml"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_key(tmp_path, old, new, message):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        config.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_misspelt_on_the_command_line(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'max_steps'"):
+        config.load(write_recipe(tmp_path), ["--instruct.max_step", "3"])
+    with pytest.raises(ValueError, match="Did you mean 'seed'"):
+        config.load(write_recipe(tmp_path), ["--sed", "3"])
+
+
+def test_missing_recipe():
+    with pytest.raises(FileNotFoundError, match=r"recipe nope.yaml does not exist"):
+        config.load("nope.yaml")

@@ -1,0 +1,149 @@
+"""Training samples: supervision, shared prefixes, refusals that name the row."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmpeft.data import Collator, ConversationDataset, share_prefix
+from mmpeft.task import Task
+from mmpeft.tasks.messages import Messages
+
+from .conftest import assistant, user
+
+
+@dataclass
+class InMemory(Task):
+    """Rows given as chats; all rows with the same key form a group."""
+
+    name = "in_memory"
+    chats: list = None
+    keys: list = None
+
+    def rows(self, split):
+        return [{"chat": c, "key": k} for c, k in zip(self.chats, self.keys, strict=True)]
+
+    def messages(self, row):
+        return row["chat"]
+
+    def group(self, row):
+        return row["key"]
+
+
+def per_token_losses(model, sample, pad=0):
+    batch = Collator(pad)([sample])
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[0, :-1]
+    keep = labels[0, 1:] != -100
+    return F.cross_entropy(logits[keep], labels[0, 1:][keep], reduction="none")
+
+
+@pytest.mark.parametrize("answers", [["yes", "a longer answer", "no"], ["same prompt"] * 3])
+def test_a_chats_loss_does_not_change_with_its_neighbours(tiny, images, answers):
+    model, processor = tiny
+    questions = ["red?", "how many, please?", "x"] if answers[0] == "yes" else ["what?"] * 3
+    chats = [
+        [user(images[0], q), assistant(a + str(i))]
+        for i, (q, a) in enumerate(zip(questions, answers, strict=True))
+    ]
+    task = InMemory(chats=chats, keys=["picture"] * 3)
+    (together,) = ConversationDataset(task, "train", processor, chats_per_sample=3)
+    alone = [s for s in ConversationDataset(task, "train", processor, chats_per_sample=1)]
+    assert len(together["input_ids"]) < sum(len(s["input_ids"]) for s in alone) - 2 * 16
+    expected = torch.cat([per_token_losses(model, sample) for sample in alone])
+    torch.testing.assert_close(per_token_losses(model, together), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_neighbours_in_the_batch_do_not_matter_either(tiny, images):
+    model, processor = tiny
+    chats = [[user(images[i % 3], "q" * (i + 1)), assistant("answer")] for i in range(4)]
+    chats.append([user("text only"), assistant("fine")])
+    dataset = ConversationDataset(
+        InMemory(chats=chats, keys=["a", "a", "b", None, None]), "train", processor, 2
+    )
+    # a group may only share one picture, so the two of "a" must be the same one
+    dataset.rows[1]["chat"][0]["content"][0]["image"] = images[0]
+    samples = list(dataset)
+    assert len(samples) == 4
+    batch = Collator(0)(samples)
+    model.train()
+    together = model(**batch, num_items_in_batch=1).loss
+    alone = sum(model(**Collator(0)([s]), num_items_in_batch=1).loss for s in samples)
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
+
+
+def row(ids, labels, marks=None):
+    return {"input_ids": ids, "labels": labels, "mm_token_type_ids": marks or [0] * len(ids)}
+
+
+def test_shared_prefix_by_hand():
+    sample = share_prefix([row([1, 2, 3, 4], [-100, -100, -100, 4]),
+                           row([1, 2, 5, 6], [-100, -100, -100, 6])])  # fmt: skip
+    assert sample["input_ids"] == [1, 2, 3, 4, 5, 6]
+    assert sample["position_ids"] == [0, 1, 2, 3, 2, 3]
+    assert sample["branch_ids"] == [-1, -1, 0, 0, 1, 1]
+    mask = Collator(0)([sample])["attention_mask"][0, 0].int().tolist()
+    assert mask[4] == [1, 1, 0, 0, 1, 0] and mask[3] == [1, 1, 1, 1, 0, 0]
+
+
+def test_the_token_that_predicts_an_answer_stays_in_its_branch():
+    sample = share_prefix([row([1, 2, 3], [-100, -100, 3]), row([1, 2, 4], [-100, -100, 4])])
+    assert sample["input_ids"] == [1, 2, 3, 2, 4]
+    assert sample["branch_ids"] == [-1, 0, 0, 1, 1]
+
+
+def test_rows_of_one_group_with_other_images_are_refused():
+    a = row([1, 0, 0, 2, 3], [-100] * 4 + [3], [0, 1, 1, 0, 0])
+    b = row([9, 0, 0, 2, 4], [-100] * 4 + [4], [0, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match="must share their images"):
+        share_prefix([a, b])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "line 2: messages is empty"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
+         r"line 2: messages\[1\].content \(assistant\) is empty"),
+        ({"messages": [{"role": "human", "content": "q"}]}, r"messages\[0\].role is 'human'; use"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "last message is the user's"),
+        ({"messages": [{"role": "user", "content": "q" * 600},
+                       {"role": "assistant", "content": "a"}]}, "line 2: .*do not fit.*512"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]},
+                       {"role": "assistant", "content": "a"}]}, "line 2: image 1: .*no.png does"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]},
+                       {"role": "assistant", "content": "a"}], "images": []},
+         "line 2: images: 0 images for 1 image parts"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+          "images": ["a.png"]}, "line 2: images: 1 images for 0 image parts"),
+        ({"text": "q"}, "line 2: field 'messages' is missing"),
+        ({"messages": ["q"]}, r"line 2: messages\[0\] is no object"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]},
+         r"line 2: messages\[0\].content \(user\) is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]},
+                       {"role": "assistant", "content": "a"}]}, "line 2: .*type 'audio'"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_by_line_and_field(tiny, jsonl, row, message):
+    good = {"messages": [user("q"), assistant("a")]}
+    path = jsonl([good, row])
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        list(ConversationDataset(Messages(train=str(path)), "train", tiny[1]))
+    assert "data.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_json_names_the_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"messages": []}\n{"messages": [\n')
+    with pytest.raises(ValueError, match=r"data.jsonl line 2: not JSON"):
+        Messages(train=str(path)).rows("train")
+
+
+def test_image_paths_are_beside_the_file(tiny, jsonl, images):
+    path = jsonl([{"messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+        assistant("a")], "images": ["one.png"]}])  # fmt: skip
+    images[0].save(path.parent / "one.png")
+    (sample,) = ConversationDataset(Messages(train=str(path)), "train", tiny[1])
+    assert sample["pixel_values"].shape == (1, 3, 64, 64)

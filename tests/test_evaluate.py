@@ -1,0 +1,104 @@
+"""Scoring: the right replies to the right rows, and controls that control."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from mmpeft import evaluate as e
+from mmpeft.task import Task, all_tasks, normalize
+
+from .conftest import assistant, user
+
+
+@dataclass
+class Planted(Task):
+    """Test questions about pictures; a train split with known majorities."""
+
+    name = "planted"
+    max_new_tokens = 4
+    pictures: list = None
+
+    def rows(self, split):
+        if split == "train":
+            return [{"q": "colour?", "a": a, "image": None} for a in ("red", "red", "blue")]
+        return [
+            {"q": q, "a": a, "image": self.pictures[i % 3]}
+            for i, (q, a) in enumerate([("colour?", "red"), ("colour?", "blue"), ("new?", "red")])
+        ]
+
+    def messages(self, row):
+        parts = [row["image"]] if row["image"] is not None else []
+        return [user(*parts, row["q"]), assistant(row["a"])]
+
+    def question_type(self, row):
+        return row["q"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Replace generation: answer "Red." with a picture, "blue" without; keep the prompts."""
+    calls = {}
+
+    def reply(model, processor, prompts, max_new_tokens, batch_size, name):
+        calls[name] = prompts
+        return ["Red." if e._first_image(p) is not None else "blue" for p in prompts]
+
+    monkeypatch.setattr(e, "generate_replies", reply)
+    return calls
+
+
+def test_report(seen, images):
+    report, items = e.evaluate(None, None, Planted(pictures=images))
+    assert report["schema"] == "mmpeft.eval/1" and report["task"] == "planted"
+    assert report["n"] == 3 and report["accuracy"] == pytest.approx(2 / 3)
+    assert report["controls"] == pytest.approx(
+        {"majority": 2 / 3, "image_withheld": 1 / 3, "image_shuffled": 2 / 3}
+    )
+    assert report["by_type"]["new?"]["n"] == 1
+    assert report["by_type"]["colour?"]["controls"]["majority"] == 0.5
+    assert [item["right"] for item in items] == [True, False, True]
+    json.dumps(report)
+
+
+def test_interval_is_wilsons(seen, images):
+    report, _ = e.evaluate(None, None, Planted(pictures=images))
+    # Wilson score interval for 2 of 3, by hand: centre (2/3 + z2/6) / (1 + z2/3)
+    assert report["ci95"] == pytest.approx([0.2077, 0.9385], abs=1e-3)
+
+
+def test_withheld_has_no_image_and_shuffled_has_anothers(seen, images):
+    e.evaluate(None, None, Planted(pictures=images))
+    assert all(e._first_image(p) is None for p in seen["image withheld"])
+    own = [e._first_image(p) for p in seen["bridge"]]
+    other = [e._first_image(p) for p in seen["image shuffled"]]
+    assert all(a is not b for a, b in zip(own, other, strict=True))
+    assert {id(i) for i in own} == {id(i) for i in other}
+
+
+def test_samples_are_drawn_by_seed(seen, images):
+    _, items = e.evaluate(None, None, Planted(pictures=images), samples=2, seed=1)
+    _, again = e.evaluate(None, None, Planted(pictures=images), samples=2, seed=1)
+    assert [i["row"] for i in items] == [i["row"] for i in again] and len(items) == 2
+
+
+def test_replies_come_back_in_order_whatever_the_batching(tiny, images):
+    model, processor = tiny
+    prompts = [[user(images[i % 3], "q" * (1 + 7 * i % 5))] for i in range(5)]
+    one = e.generate_replies(model, processor, prompts, 5, 1, None)
+    assert e.generate_replies(model, processor, prompts, 5, 3, None) == one
+    assert len(set(one)) > 1
+
+
+def test_normalize():
+    assert normalize("  A  Red-Circle. ") == "a redcircle"
+
+
+@pytest.mark.starter
+def test_easy_vqa_rows(starter_path):
+    task = all_tasks()["easy_vqa"](path=starter_path("easy-vqa"))
+    rows = task.rows("test")
+    assert len(rows) == 9673 and len(task.rows("train")) == 38575
+    kinds = [task.question_type(row) for row in rows]
+    assert kinds.count("yes/no") == 7136 and set(kinds) == {"yes/no", "shape", "colour"}
+    assert task.score(["Yes.", "no"], [{**rows[0], "answer": "yes"}] * 2) == [1.0, 0.0]

@@ -1,0 +1,92 @@
+"""Reading images: upright RGB, or one clear error."""
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from mmpeft.images import load_image
+
+
+def png(image, **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, kwargs.pop("format", "PNG"), **kwargs)
+    return buffer.getvalue()
+
+
+RED = Image.new("RGB", (6, 4), (255, 0, 0))
+
+
+def test_sources_agree(tmp_path):
+    path = tmp_path / "red.png"
+    path.write_bytes(png(RED))
+    url = "data:image/png;base64," + base64.b64encode(png(RED)).decode()
+    for source in (path, str(path), png(RED), url, RED):
+        image = load_image(source)
+        assert image.mode == "RGB" and image.tobytes() == RED.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+        (Image.new("I;16", (2, 2), 0x8000), (128, 128, 128)),
+        (Image.new("L", (2, 2), 77), (77, 77, 77)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+        (RED.quantize(), (255, 0, 0)),
+    ],
+    ids=["rgba", "la", "16 bit", "grey", "cmyk", "palette"],
+)
+def test_modes(image, expected):
+    got = load_image(image).getpixel((0, 0))
+    assert all(abs(a - b) <= 1 for a, b in zip(got, expected, strict=True))
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(png(RED, format="JPEG", exif=exif)).size == (4, 6)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"row 3: .*nope.png does not exist"):
+        load_image(tmp_path / "nope.png", "row 3")
+
+
+def test_a_text_file_named_png(tmp_path):
+    path = tmp_path / "fake.png"
+    path.write_text("not a picture")
+    with pytest.raises(ValueError, match=r"fake.png is not a readable image"):
+        load_image(path)
+
+
+def test_truncated_jpeg(tmp_path):
+    path = tmp_path / "cut.jpg"
+    noise = Image.effect_noise((200, 200), 80)
+    path.write_bytes(png(noise, format="JPEG")[:2000])
+    with pytest.raises(ValueError, match=r"cut.jpg is truncated or damaged"):
+        load_image(path)
+
+
+def test_bomb(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    with pytest.raises(ValueError, match=r"bomb.png.*pixels"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.org/a.png", "download it"),
+        ("data:image/png,abc", "not base64"),
+        ("data:image/png;base64,%%%", "cannot be decoded"),
+        (b"", "not a readable image"),
+        (3, "expected a path"),
+    ],
+)
+def test_other_sources(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source)

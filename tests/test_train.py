@@ -1,0 +1,143 @@
+"""Training end to end on tiny parts: stages, run folder, kill -9 and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmpeft
+from mmpeft.train import COMPLETE, last_complete_checkpoint, train
+
+from .conftest import assistant
+from .test_config import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path, encoder_dir, llm_dir, jsonl, images):
+    rows = []
+    for i in range(12):
+        images[i % 3].save(tmp_path / f"{i}.png")
+        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"number {i}"}]
+        rows.append({"messages": [{"role": "user", "content": question},
+                                  assistant("yes" if i % 2 else "a longer no")]})  # fmt: skip
+    data = jsonl(rows)
+    return write_recipe(tmp_path, encoder=encoder_dir, llm=llm_dir, data=data)
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(row["stage"], row["step"]): row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_leaves_everything_needed(recipe):
+    run = train(recipe)
+    model, _ = mmpeft.load(run)
+    assert model.config.gate == "sample"
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "loss.png", "checkpoint"):
+        assert (run / name).exists()
+    assert [s for (stage, s) in losses(run) if stage == "instruct"] == list(range(1, 9))
+    size = sum(f.stat().st_size for f in (run / "checkpoint").rglob("*") if f.is_file())
+    assert size < 20e6
+    values = list(losses(run).values())
+    assert values[-1] < values[0]
+
+
+def test_align_trains_the_connector_and_leaves_the_adapter(recipe, capsys):
+    overrides = ["--instruct", "null", "--output_dir", str(recipe.parent / "align")]
+    run = train(recipe, overrides)
+    state = load_file(run / "checkpoint/adapter/adapter_model.safetensors")
+    assert all(v.eq(0).all() for k, v in state.items() if "lora_B" in k)
+    assert "stage align" in capsys.readouterr().err
+
+
+def test_each_part_has_its_learning_rate(recipe):
+    from mmpeft import config
+    from mmpeft.data import Collator, ConversationDataset
+    from mmpeft.train import BridgeTrainer, build
+
+    parsed, _ = config.load(recipe)
+    model, processor = build(parsed)
+    from mmpeft.adapters import set_trainable
+
+    set_trainable(model, connector=True, adapter=True)
+    parsed.instruct.output_dir = str(recipe.parent / "t")
+    dataset = ConversationDataset(parsed.data.task, "train", processor)
+    trainer = BridgeTrainer(
+        model=model, args=parsed.instruct, train_dataset=dataset, data_collator=Collator(0)
+    )
+    groups = trainer.create_optimizer().param_groups
+    assert [g["lr"] for g in groups] == [1e-4, 1e-2]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in groups for p in g["params"]} == trained
+
+
+@pytest.mark.parametrize("cut", [["--instruct.per_device_train_batch_size", "1",
+                                  "--instruct.gradient_accumulation_steps", "2"]])  # fmt: skip
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(recipe, cut):
+    whole = train(recipe)
+    pieces = train(recipe, [*cut, "--output_dir", str(recipe.parent / "cut")])
+    torch.testing.assert_close(
+        list(losses(whole).values()), list(losses(pieces).values()), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_an_existing_run_folder_is_never_written_to(recipe):
+    train(recipe)
+    with pytest.raises(FileExistsError, match="exists; continue it with --resume"):
+        train(recipe)
+    with pytest.raises(ValueError, match="begun with another configuration: max_steps differ"):
+        train(recipe, ["--instruct.max_steps", "9"], resume=True)
+
+
+def test_nothing_to_resume(recipe):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(recipe, resume=True)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    for step, complete in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / COMPLETE).touch()
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
+    assert last_complete_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("kill_after", [("align", 2), ("instruct", 10)])
+def test_killed_and_resumed_equals_uninterrupted(recipe, kill_after):
+    steps = ["--instruct.max_steps", "24", "--instruct.logging_steps", "1"]
+    reference = train(recipe, [*steps, "--output_dir", str(recipe.parent / "whole")])
+
+    killed = recipe.parent / "killed"
+    arguments = [str(recipe), *steps, "--output_dir", str(killed)]
+    command = [sys.executable, "-m", "mmpeft", "train", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    stage, step = kill_after
+    waiting_for = killed / "stages" / stage / f"checkpoint-{step}"
+    deadline = time.time() + 120
+    while not waiting_for.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert waiting_for.exists() and not (killed / "checkpoint").exists()
+
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert losses(killed) == losses(reference)
+    for file in ("connector.safetensors", "adapter/adapter_model.safetensors"):
+        whole = load_file(reference / "checkpoint" / file)
+        resumed = load_file(killed / "checkpoint" / file)
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_bad_row_stops_training_by_name(recipe):
+    data = recipe.parent / "data.jsonl"
+    data.write_text(data.read_text().replace("3.png", "gone.png"))
+    with pytest.raises(FileNotFoundError, match=r"data.jsonl line 4: image 1: .*gone.png"):
+        train(recipe)

@@ -20,19 +20,19 @@ _EXPORTS = {
     "Task": "mmpeft.task",
     "VisionEncoder": "mmpeft.encoder",
     "VisionEncoderConfig": "mmpeft.encoder",
-    "evaluate": "mmpeft.evaluate",
     "load": "mmpeft.checkpoint",
     "load_image": "mmpeft.images",
     "retain": "mmpeft.retention",
-    "train": "mmpeft.train",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "starter", *_EXPORTS]
 
 
 def __getattr__(name: str):
     """Import a public name on first use, so that ``import mmpeft`` stays instant."""
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name == "starter":
+        return importlib.import_module("mmpeft.starter")
     raise AttributeError(f"module 'mmpeft' has no attribute {name!r}")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +12,8 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.command is not _train:
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
+    # peft asks transformers by a name that the latter renamed; nothing a user could do about it
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     try:
         return arguments.command(arguments) or 0
     except (ValueError, OSError) as error:

@@ -282,7 +282,7 @@ def test_the_page_does_not_phone_home(tiny, monkeypatch):
     gradio = pytest.importorskip("gradio", reason=NO_GRADIO)
     asked = []  # Gradio asks for its default, which is to phone home, where it was not told
     monkeypatch.setattr(gradio.analytics, "analytics_enabled", lambda: asked.append(1))
-    page = chat.build(*tiny, "tiny")
+    chat.build(*tiny, "tiny")
     assert not asked
 
 

@@ -5,6 +5,7 @@ import importlib
 _EXPORTS = {
     "RetentionError": "sides",
     "retain": "report",
+    "retain_run": "report",
     "render": "report",
     "write": "report",
 }

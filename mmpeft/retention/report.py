@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import platform
+import random
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import mmpeft
+from mmpeft.checkpoint import find_checkpoint, load
+from mmpeft.images import load_image
 from mmpeft.retention.engine import Suite, pair
 from mmpeft.retention.proof import prompts_sha256, prove
 from mmpeft.retention.sides import SIDES
@@ -16,6 +19,7 @@ from mmpeft.retention.statistics import MARGIN, compare
 from mmpeft.retention.text import compare_text, embedded_text
 
 SCHEMA = "mmpeft.retain/1"
+IMAGE_PROMPTS = 16  # rows of the vision task that show the adapter at work
 PACKAGES = ("lm_eval", "torch", "transformers", "peft")
 
 
@@ -46,7 +50,7 @@ def retain(
         text, max_tokens: the prose to predict (default: Python's own) and how much of it.
 
     Returns:
-        The report, a JSON object of schema "mmpeft.retain/1" (docs: the README of the tasks).
+        The report, a JSON object of schema "mmpeft.retain/1" (fields: docs/json.md).
 
     Raises:
         RetentionError: the report would prove nothing (inactive adapter, NaN logits, sides that saw
@@ -119,6 +123,28 @@ def retain(
             "seconds": round(time.perf_counter() - start, 1),
         },
     }
+
+
+def retain_run(run, task, *, image=None, samples: int | None = None, seed: int = 0) -> dict:
+    """Load a run, measure its retention, and keep the report in the run folder.
+
+    Args:
+        task: the vision task whose test rows serve as image prompts.
+        image: path of the irrelevant picture (default: a starter photograph).
+        samples: items of each text task, chosen by `seed` (None: all).
+    """
+    rows = task.rows("test")
+    chosen = random.Random(seed).sample(range(len(rows)), min(IMAGE_PROMPTS, len(rows)))
+    image_prompts = [task.messages(rows[number])[:-1] for number in chosen]
+    irrelevant_image = None if image is None else load_image(image, "irrelevant image")
+    model, processor = load(run)
+    report = retain(
+        model, processor, image_prompts=image_prompts, irrelevant_image=irrelevant_image,
+        samples=samples, seed=seed,
+    )  # fmt: skip
+    if find_checkpoint(run) != Path(run):  # a bare checkpoint is left as it is
+        write(report, Path(run) / "retain")
+    return report
 
 
 def judge(items: list[tuple], margin: float, unchanged: bool) -> dict:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class StarterError(RuntimeError):
+class StarterError(OSError):
     """A starter asset could not be made; the message says why and what to do."""
 
 

@@ -12,6 +12,11 @@ from transformers import TextIteratorStreamer
 
 SIDES = ("bridge", "base LLM")
 FAILED = "No reply; this turn is left out of the chat"
+# the share button works on Hugging Face Spaces alone; the chosen side fades under the mouse pointer
+CSS = """
+button[title=Share] {display: none}
+input[type=radio]:checked {background-color: var(--checkbox-background-color-selected) !important}
+"""
 
 # The switched-off adapter and the gate's mask are state of the model: one reply at a time. Gradio
 # alone does not see to that, it counts a page and its API as two queues.
@@ -33,7 +38,7 @@ def launch(run, host: str = "127.0.0.1", port: int = 7860) -> None:
     page.launch(
         server_name=host, server_port=port, share=False, ssr_mode=False, show_error=True,
         footer_links=[], theme=gr.themes.Default(),  # its fonts ship with gradio
-        css="button[title=Share] {display: none}",  # it only works on Hugging Face Spaces
+        css=CSS,
     )  # fmt: skip
 
 
@@ -157,7 +162,12 @@ def to_messages(history: list[dict], message: dict) -> list[dict]:
     Args:
         history: ``{"role", "content"}``; content is a text, a file, or a list of such.
         message: ``{"text": str, "files": [path or {"path": ...}, ...]}``.
+
+    Raises:
+        ValueError: the message is empty.
     """
+    if not message["files"] and not message["text"].strip():
+        raise ValueError("the message is empty; write something or add an image.")
     files = [file if isinstance(file, dict) else {"path": file} for file in message["files"]]
     turns = [turn for turn in history if (turn.get("metadata") or {}).get("title") != FAILED]
     turns.append({"role": "user", "content": [*files, message["text"] or []]})

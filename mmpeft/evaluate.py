@@ -37,7 +37,7 @@ def evaluate(
         the report (see ``docs/json.md``) and the items, one dict a row.
     """
     everything = task.rows("test")
-    numbers = sorted(range(len(everything)))
+    numbers = list(range(len(everything)))
     if samples is not None and samples < len(numbers):
         numbers = sorted(random.Random(seed).sample(numbers, samples))
     rows = [everything[number] for number in numbers]

@@ -130,9 +130,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif mm_token_type_ids is not None and adapter_mask is None and mm_token_type_ids.any():
             raise ValueError("mm_token_type_ids marks image positions but no image was passed.")
 
-        self._gate.mask = self._adapter_mask(
-            adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds
-        )
+        mask = self._adapter_mask(adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds)
+        self._gate.mask = None if mask is None or mask.all() else mask  # open: nothing to mask
         supervised = None
         if labels is not None:
             kwargs.setdefault("use_cache", False)

@@ -36,13 +36,16 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
         ValueError: a bad configuration or a bad row, named.
     """
     config, resolved = load(recipe, overrides)
-    run = open_run_folder(Path(config.output_dir), resolved, resume)
+    run = Path(config.output_dir)
+    check_run_folder(run, resolved, resume)
     set_seed(config.seed)
     model, processor = build(config)
     dataset = ConversationDataset(
         config.data.task, "train", processor, config.data.chats_per_sample
     )
     calibrate(model, dataset)
+    if not resume:  # only now: a mistake found so far leaves no folder behind
+        start_run_folder(run, resolved)
     stages = [name for name in STAGES if getattr(config, name) is not None]
     for stage in stages:
         last = stage == stages[-1]
@@ -56,8 +59,8 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
     return run
 
 
-def open_run_folder(run: Path, resolved: str, resume: bool) -> Path:
-    """Create the run folder with its resolved config, or check that it is the one to resume."""
+def check_run_folder(run: Path, resolved: str, resume: bool) -> None:
+    """Refuse to write into another run's folder, or to resume with another configuration."""
     recorded = run / "config.yaml"
     if not resume:
         if run.exists():
@@ -65,16 +68,19 @@ def open_run_folder(run: Path, resolved: str, resume: bool) -> Path:
                 f"run folder {run} exists; continue it with --resume, choose another "
                 "--output_dir, or remove it."
             )
-        run.mkdir(parents=True)
-        recorded.write_text(resolved)
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     elif not recorded.is_file():
         raise FileNotFoundError(f"nothing to resume: {recorded} does not exist.")
     elif (was := recorded.read_text()) != resolved:
         changed = set(was.splitlines()) ^ set(resolved.splitlines())
         keys = sorted({line.strip().split(":")[0] for line in changed})
         raise ValueError(f"{run} was begun with another configuration: {', '.join(keys)} differ.")
-    return run
+
+
+def start_run_folder(run: Path, resolved: str) -> None:
+    """Create the run folder with the resolved configuration and the environment."""
+    run.mkdir(parents=True)
+    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    (run / "config.yaml").write_text(resolved)
 
 
 def build(config: RunConfig):

@@ -102,6 +102,11 @@ def test_turns_that_failed_are_left_out():
     ]
 
 
+def test_an_empty_message_is_refused():
+    with pytest.raises(ValueError, match="message is empty; write something"):
+        chat.to_messages([], {"text": " ", "files": []})
+
+
 def test_messages_make_the_same_inputs_as_plain_chats(tiny, picture):
     _, processor = tiny
     history = [

@@ -136,8 +136,11 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, kill_after):
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_a_bad_row_stops_training_by_name(recipe):
+def test_a_mistake_is_named_and_leaves_no_run_folder(recipe):
     data = recipe.parent / "data.jsonl"
     data.write_text(data.read_text().replace("3.png", "gone.png"))
     with pytest.raises(FileNotFoundError, match=r"data.jsonl line 4: image 1: .*gone.png"):
         train(recipe)
+    with pytest.raises(ValueError, match="language_model 'nobody/nothing' cannot be loaded"):
+        train(recipe, ["--model.language_model", "nobody/nothing"])
+    assert not (recipe.parent / "run").exists()

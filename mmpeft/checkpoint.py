@@ -139,7 +139,8 @@ def load_trained(model, directory) -> None:
         )
     if has_adapter:
         state = load_file(adapter_file)
-        _require_same_keys(state, get_peft_model_state_dict(model.language_model), adapter_file)
+        expected = get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
+        _require_same_keys(state, expected, adapter_file)
         set_peft_model_state_dict(model.language_model, state)
 
 

@@ -39,8 +39,10 @@ def load_image(source, what: str = "image") -> Image.Image:
         raise ValueError(f"{what}: expected a path, bytes or a PIL image, got {kind}.")
     try:
         image = Image.open(io.BytesIO(source))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{what} is not a readable image ({error}); check the file.") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{what} is not an image in a format that Pillow reads.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{what} has too many pixels ({error}); resize it before use.") from None
     return _to_rgb(image, what)
 
 

@@ -58,7 +58,7 @@ def test_missing(tmp_path):
 def test_a_text_file_named_png(tmp_path):
     path = tmp_path / "fake.png"
     path.write_text("not a picture")
-    with pytest.raises(ValueError, match=r"fake.png is not a readable image"):
+    with pytest.raises(ValueError, match=r"fake.png is not an image"):
         load_image(path)
 
 
@@ -83,7 +83,7 @@ def test_bomb(tmp_path):
         ("https://example.org/a.png", "download it"),
         ("data:image/png,abc", "not base64"),
         ("data:image/png;base64,%%%", "cannot be decoded"),
-        (b"", "not a readable image"),
+        (b"", "not an image"),
         (3, "expected a path"),
     ],
 )

@@ -248,7 +248,8 @@ class _Chat:
     def __init__(self, messages, special_tokens: list[str]):
         self.images, self._replaced = [], []
         self._key = secrets.token_hex(8)
-        self._special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
+        longest_first = sorted(special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.messages = [m | {"content": self._content(m.get("content"))} for m in messages]
         self._sentinel = re.compile(f"\ue000{self._key}:(\\d+)\ue001")
 
@@ -276,6 +277,12 @@ class _Chat:
         marks = sum(kind is True for _, kind in self._replaced)
         if marks != len(self.images):
             raise ValueError(f"the chat has {marks} image parts but {len(self.images)} images.")
+        found = sorted(int(match[1]) for match in self._sentinel.finditer(rendered))
+        if found != list(range(len(self._replaced))):
+            raise ValueError(
+                "the chat template drops or repeats a part of this chat that holds an image or a "
+                "special token; check the roles and their order."
+            )
         position = 0
         for match in self._sentinel.finditer(rendered):
             before = rendered[position : match.start()]

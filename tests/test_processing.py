@@ -101,6 +101,13 @@ def test_a_template_that_cannot_mark_the_assistant_is_refused(tiny):
         processor.encode_chat([user("a"), assistant("b")])
 
 
+def test_a_template_that_drops_an_image_is_noticed(tiny, images):
+    _, processor = tiny
+    processor.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="drops or repeats a part"):
+        encode(processor, [user(images[0], "first"), assistant("second")])
+
+
 def test_padding_sides(tiny):
     _, processor = tiny
     chats = [[user("a")], [user("abcdef")]]

@@ -70,7 +70,8 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(run, capsys, arguments, messa
 def test_help_teaches(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
-    assert stop.value.code == 0 and f"mmpeft {name}" in capsys.readouterr().out.split("\nexample")[1]
+    examples = capsys.readouterr().out.split("\nexample")[1]
+    assert stop.value.code == 0 and f"mmpeft {name}" in examples
 
 
 def test_help_is_instant():

@@ -24,7 +24,8 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
     encoder = vision_encoder.build()
     llm = _load_language_model(**language_model)
     module = connector.build(encoder.hidden_size, llm.config.hidden_size)
-    llm.config._name_or_path = language_model["name"]  # not the local path it resolved to
+    # peft and transformers write this name into what they save: not the path it resolved to
+    llm.name_or_path = llm.config._name_or_path = language_model["name"]
     config = cls.config_class(
         text_config=llm.config.to_dict(),
         language_model=language_model,
@@ -40,7 +41,6 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
     llm.requires_grad_(False)
     if adapter is not None:
         llm = attach_adapter(llm, adapter)
-        llm.peft_config["default"].base_model_name_or_path = language_model["name"]
     return cls(config, encoder, module, llm).eval()
 
 

@@ -142,7 +142,7 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
             warnings.filterwarnings("ignore", message=".*loftq_config")
             namespace = run_parser.parse_args(["--config", str(path), *overrides])
             resolved = run_parser.dump(namespace)
-            parts = vars(run_parser.instantiate_classes(namespace))
+            parts = vars(run_parser.instantiate(namespace))
             del parts["config"]
             return RunConfig(**parts), resolved
     except ArgumentError as error:

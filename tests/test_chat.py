@@ -270,7 +270,7 @@ def test_the_page_shows_what_was_wrong_and_goes_on(client, tiny, picture, tmp_pa
         return client.predict(message, "bridge", 16, 0, api_name="/reply")
 
     for wrong, problem in (
-        (("what?", broken), "broken.png is not a readable image"),
+        (("what?", broken), "broken.png is not an image"),
         (("x" * 600,), "do not fit the context of 512"),
     ):
         got = ask(*wrong)

@@ -31,7 +31,12 @@ class ConversationDataset(Dataset):
             where = self.task.where(self.rows[number], number)
             row, own_images = self._encode(self.rows[number], where)
             encoded.append(row)
-            images = own_images if images is None else images
+            if images is not None and own_images != images:
+                raise ValueError(
+                    f"{where}: its group has rows with other images; rows of one group must share "
+                    "theirs (see Task.group), or set chats_per_sample: 1."
+                )
+            images = own_images
         sample = share_prefix(encoded)
         if images:
             loaded = [load_image(image, f"{where}: image {n}") for n, image in enumerate(images, 1)]

@@ -146,3 +146,18 @@ def starter_path():
             pytest.skip(f"starter asset {name} cannot be downloaded: {error}")
 
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path, encoder_dir, llm_dir, jsonl, images):
+    """A tiny recipe on disk, with its data."""
+    from .test_config import write_recipe
+
+    rows = []
+    for i in range(12):
+        images[i % 3].save(tmp_path / f"{i}.png")
+        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"number {i}"}]
+        rows.append({"messages": [{"role": "user", "content": question},
+                                  assistant("yes" if i % 2 else "a longer no")]})  # fmt: skip
+    data = jsonl(rows)
+    return write_recipe(tmp_path, encoder=encoder_dir, llm=llm_dir, data=data)

@@ -9,11 +9,9 @@ import pytest
 from mmpeft import cli
 from mmpeft.train import train
 
-from .test_train import recipe  # noqa: F401 (a fixture)
-
 
 @pytest.fixture
-def run(recipe):  # noqa: F811
+def run(recipe):
     return str(train(recipe))
 
 

@@ -100,6 +100,13 @@ def test_rows_of_one_group_with_other_images_are_refused():
         share_prefix([a, b])
 
 
+def test_a_group_with_two_pictures_is_refused_by_row(tiny, images):
+    chats = [[user(picture, "same words"), assistant("a")] for picture in images[:2]]
+    task = InMemory(chats=chats, keys=["group"] * 2)
+    with pytest.raises(ValueError, match="in_memory row 1: its group has rows with other images"):
+        list(ConversationDataset(task, "train", tiny[1], chats_per_sample=2))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

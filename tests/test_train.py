@@ -14,21 +14,6 @@ from safetensors.torch import load_file
 import mmpeft
 from mmpeft.train import COMPLETE, last_complete_checkpoint, train
 
-from .conftest import assistant
-from .test_config import write_recipe
-
-
-@pytest.fixture
-def recipe(tmp_path, encoder_dir, llm_dir, jsonl, images):
-    rows = []
-    for i in range(12):
-        images[i % 3].save(tmp_path / f"{i}.png")
-        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"number {i}"}]
-        rows.append({"messages": [{"role": "user", "content": question},
-                                  assistant("yes" if i % 2 else "a longer no")]})  # fmt: skip
-    data = jsonl(rows)
-    return write_recipe(tmp_path, encoder=encoder_dir, llm=llm_dir, data=data)
-
 
 def losses(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

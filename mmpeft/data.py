@@ -3,7 +3,12 @@
 Chats about one image repeat its tokens and the system prompt. ``share_prefix`` keeps these once
 and lets the chats branch off behind them: positions continue from the prefix and no branch sees
 another, so every token gets the loss it would get alone.
+
+An assistant's message marked ``"unfinished": true`` as the last of its chat was cut by a token
+limit: its words are learned, the end of turn that the template puts behind them is not.
 """
+
+import random
 
 import torch
 from torch.utils.data import Dataset
@@ -15,12 +20,20 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class ConversationDataset(Dataset):
-    """Samples of a task's split; one sample is up to ``chats_per_sample`` chats of one group."""
+    """Samples of a task's split; one sample is up to ``chats_per_sample`` chats of one group.
 
-    def __init__(self, task: Task, split: str, processor, chats_per_sample: int = 1):
+    At least ``held_out`` rows, drawn with ``seed``, are left out; their numbers are in the
+    attribute of that name.
+    """
+
+    def __init__(
+        self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
+        seed: int = 0,
+    ):  # fmt: skip
         self.task, self.processor = task, processor
         self.rows = task.rows(split)
-        self.samples = _grouped(task, self.rows, chats_per_sample)
+        self.held_out = hold_out(task, self.rows, held_out, seed)
+        self.samples = _grouped(task, self.rows, chats_per_sample, set(self.held_out))
 
     def __len__(self):
         return len(self.samples)
@@ -51,9 +64,65 @@ class ConversationDataset(Dataset):
             encoded, images = self.processor.encode_chat(messages)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        if messages[-1].get("unfinished"):
+            leave_open(encoded["labels"], self.processor.tokenizer)
         if all(label == -100 for label in encoded["labels"]):
             raise ValueError(f"{where}: the chat has no assistant token to learn from.")
         return encoded, images
+
+
+def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
+    """Numbers of at least ``count`` rows drawn with ``seed``, in whole groups: no picture is split.
+
+    Raises:
+        ValueError: nothing would be left to learn from.
+    """
+    groups = {}
+    for number, row in enumerate(rows):
+        key = task.group(row)
+        groups.setdefault(number if key is None else (key,), []).append(number)
+    order, held_out = list(groups.values()), []
+    random.Random(seed).shuffle(order)
+    while len(held_out) < count:
+        held_out += order.pop()
+        if not order:
+            raise ValueError(
+                f"{count} of {len(rows)} rows cannot be held out: nothing would be left to learn "
+                "from. Lower retention.vision_samples."
+            )
+    return sorted(held_out)
+
+
+class WithReplay(Dataset):
+    """A data set with replay behind it, rows in turn, so that ``share`` of all samples are replay.
+
+    The share is that of one pass over the whole, to the nearest sample; whoever draws shuffles.
+    """
+
+    def __init__(self, dataset: ConversationDataset, replay: ConversationDataset, share: float):
+        self.dataset, self.replay, self.processor = dataset, replay, dataset.processor
+        self.replayed = max(1, round(len(dataset) * share / (1 - share)))
+
+    def __len__(self):
+        return len(self.dataset) + self.replayed
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        past = index - len(self.dataset)
+        return self.dataset[index] if past < 0 else self.replay[past % len(self.replay)]
+
+    def __str__(self):
+        return (
+            f"replay: {self.replayed} of {len(self)} samples, from {len(self.replay)} rows "
+            f"({min(self.replayed, len(self.replay))} of them used)"
+        )
+
+
+def leave_open(labels: list[int], tokenizer) -> None:
+    """Stop learning, in place, before the template's last special token: the end of the turn."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = max((i for i, label in enumerate(labels) if label in special), default=len(labels))
+    labels[end:] = [-100] * (len(labels) - end)
 
 
 def check_chat(messages: list[dict], where: str) -> None:
@@ -71,10 +140,12 @@ def check_chat(messages: list[dict], where: str) -> None:
                          "chat ends with the assistant's answer.")  # fmt: skip
 
 
-def _grouped(task, rows, size: int) -> list[list[int]]:
+def _grouped(task, rows, size: int, without: set[int]) -> list[list[int]]:
     """Row numbers, cut into samples of at most ``size`` rows of one group, in file order."""
     groups = {}
     for number, row in enumerate(rows):
+        if number in without:
+            continue
         key = task.group(row) if size > 1 else None
         groups.setdefault(number if key is None else (key,), []).append(number)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmpeft.data import Collator, ConversationDataset, share_prefix
+from mmpeft.data import Collator, ConversationDataset, WithReplay, share_prefix
 from mmpeft.task import Task
 from mmpeft.tasks.messages import Messages
 
@@ -105,6 +105,56 @@ def test_a_group_with_two_pictures_is_refused_by_row(tiny, images):
     task = InMemory(chats=chats, keys=["group"] * 2)
     with pytest.raises(ValueError, match="in_memory row 1: its group has rows with other images"):
         list(ConversationDataset(task, "train", tiny[1], chats_per_sample=2))
+
+
+@pytest.mark.parametrize(("share", "replayed"), [(0.25, 2), (0.5, 6), (0.7, 14), (0.001, 1)])
+def test_the_share_of_replay_is_kept_and_its_rows_come_in_turn(tiny, images, share, replayed):
+    def task(chats):
+        return InMemory(chats=chats, keys=[None] * len(chats))
+
+    seen = task([[user(images[0], f"q{i}"), assistant("a")] for i in range(6)])
+    text = task([[user(f"t{i}"), assistant("a")] for i in range(4)])
+    vision, replay = (ConversationDataset(t, "train", tiny[1]) for t in (seen, text))
+    mixed = WithReplay(vision, replay, share)
+    samples = list(mixed)
+    assert len(samples) == len(mixed) == 6 + replayed
+    assert ["pixel_values" in sample for sample in samples] == [True] * 6 + [False] * replayed
+    expected = [replay[i % 4]["input_ids"] for i in range(replayed)]
+    assert [sample["input_ids"] for sample in samples[6:]] == expected
+    assert f"{replayed} of {6 + replayed} samples, from 4 rows ({min(replayed, 4)}" in str(mixed)
+
+
+@pytest.mark.parametrize("gate", ["none", "sample"])
+def test_text_rows_may_stand_beside_packed_pictures(make_bridge, images, gate):
+    model, processor = make_bridge(gate)
+    chats = [[user(images[0], q), assistant("yes")] for q in ("red?", "round?")]
+    chats += [[user("hello"), assistant("a longer answer")]]
+    dataset = ConversationDataset(
+        InMemory(chats=chats, keys=["a", "a", None]), "train", processor, 2
+    )
+    model.train()
+    batch = Collator(0)(list(dataset))
+    assert batch["attention_mask"].dim() == 4 and len(batch["pixel_values"]) == 1
+    together = model(**batch, num_items_in_batch=1).loss
+    alone = sum(model(**Collator(0)([s]), num_items_in_batch=1).loss for s in dataset)
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
+    model(**Collator(0)([dataset[1]])).loss.backward()  # a batch of text alone can be learned from
+    learned = sum(p.grad.abs().sum() for n, p in model.named_parameters() if p.grad is not None)
+    assert (learned > 0) == (gate == "none")
+
+
+def test_the_end_of_an_unfinished_answer_is_not_learned(tiny):
+    finished = [user("q<|im_end|>"), assistant("words <|im_end|> and")]
+    cut = [finished[0], finished[1] | {"unfinished": True}]
+    dataset = ConversationDataset(
+        InMemory(chats=[finished, cut], keys=[None, None]), "train", tiny[1]
+    )
+    whole, open_end = dataset
+    assert whole["input_ids"] == open_end["input_ids"]
+    differ = [n for n, pair in enumerate(zip(whole["labels"], open_end["labels"], strict=True))
+              if pair[0] != pair[1]]  # fmt: skip
+    assert [whole["labels"][n] for n in differ] == [tiny[1].tokenizer.eos_token_id]
+    assert [open_end["labels"][n] for n in differ] == [-100]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Write the items of the embedded suite: `python -m mmpeft.tasks.retention.generate`.
 
-Four small multiple-choice tasks built from the word lists below. Nothing is random: every choice
-of words is settled by a hash of what it is for, so any Python writes the same bytes.
-An item is `{"kind", "context", "choices", "answer"}`; `answer` is an index into `choices`.
+Four small multiple-choice tasks built from the word lists below, and two that are answered in
+words. Nothing is random: every choice of words is settled by a hash of what it is for, so any
+Python writes the same bytes. A multiple-choice item is `{"kind", "context", "choices", "answer"}`;
+`answer` is an index into `choices`. README.md describes the other two.
 """
 
 import hashlib
@@ -534,11 +535,129 @@ def reading() -> Iterator[dict]:
             yield item(kind, context, options.pop(right), options)
 
 
+# --- facts in words: the same knowledge without the choices -------------------------------------
+
+SAID = ["capital", "continent", "language", "opposite", "plural"]  # kinds with one usual answer
+
+
+def facts_in_words() -> Iterator[dict]:
+    """Every second item of some kinds of `facts`; `source` is its row there, from 0."""
+    rows = list(enumerate(facts()))
+    for kind in SAID:
+        for source, row in [pair for pair in rows if pair[1]["kind"] == kind][::2]:
+            wrong = [choice for choice in row["choices"] if choice != row["choices"][row["answer"]]]
+            yield {
+                "kind": kind,
+                "prompt": f"Complete the sentence: {row['context']}",
+                "answer": row["choices"][row["answer"]],
+                "wrong": wrong,
+                "source": source,
+            }
+
+
+# --- instructions: what a reply has to look like ------------------------------------------------
+
+# a request, and two words that fit it
+REQUESTS = """
+Tell me about dogs. | friend | run
+Describe a sunny day at the beach. | sand | water
+What is bread? | flour | oven
+Why do people like music? | song | happy
+Write about a rainy day. | umbrella | cloud
+How do birds fly? | wings | air
+Describe an old house. | door | window
+What is a school? | teacher | children
+Tell me about the moon. | night | sky
+Give me a tip for sleeping well. | bed | quiet
+What do farmers do? | field | animals
+Write about a walk in the forest. | tree | path
+Tell me about cats. | mouse | sleep
+Describe a busy market. | fruit | people
+What is a bicycle? | wheel | road
+Why do people read books? | story | learn
+Write about the first day of winter. | snow | cold
+How do fish breathe? | water | gills
+Describe a big city. | street | noise
+What is a hospital? | doctor | help
+Tell me about the sun. | light | warm
+Give me a tip for saving money. | bank | week
+What do nurses do? | patient | care
+Write about a trip by train. | station | window
+Tell me about horses. | farm | strong
+Describe a birthday party. | cake | friends
+What is a river? | sea | flow
+Why do people travel? | world | culture
+Write about a garden. | flower | green
+How do plants grow? | soil | sun
+Describe a kitchen. | table | knife
+What is a library? | book | quiet
+Tell me about the ocean. | fish | deep
+Give me a tip for cooking rice. | salt | pot
+What do pilots do? | plane | safe
+Write about a night at the theater. | stage | actor
+Tell me about elephants. | large | trunk
+Describe a mountain. | rock | high
+What is a museum? | art | history
+Why do people dance? | music | body
+Write about a lost key. | pocket | house
+How do bees make honey? | flower | hive
+Describe a winter morning. | snow | quiet
+What is a bridge? | river | cars
+Tell me about tea. | cup | leaves
+Give me a tip for learning a language. | words | practice
+What do teachers do? | students | class
+Write about an old friend. | letter | smile
+"""
+# what is asked for, and the instructions of IFEval it stands for; {0} {1} are the two words
+INSTRUCTIONS: list[tuple[str, list[tuple[str, dict]]]] = [
+    ("Write only one sentence.",
+     [("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 2})]),
+    ("Use fewer than 15 words.",
+     [("length_constraints:number_words", {"relation": "less than", "num_words": 15})]),
+    ("End your answer with the words: That is all.",
+     [("startend:end_checker", {"end_phrase": "That is all."})]),
+    ("Start with a title in double angular brackets, such as <<my title>>.",
+     [("detectable_format:title", {})]),
+    ("Highlight at least one part with asterisks, such as *this part*.",
+     [("detectable_format:number_highlighted_sections", {"num_highlights": 1})]),
+    ('Use the words "{0}" and "{1}".', [("keywords:existence", {"keywords": ["{0}", "{1}"]})]),
+    ("Do not use any commas.", [("punctuation:no_comma", {})]),
+    ("Answer with exactly 3 bullet points. Start each of them with *.",
+     [("detectable_format:number_bullet_lists", {"num_bullets": 3})]),
+    ('Use the word "{0}" at least 2 times.',
+     [("keywords:frequency", {"relation": "at least", "keyword": "{0}", "frequency": 2})]),
+    ("Use at least 2 placeholders in square brackets, such as [name].",
+     [("detectable_content:number_placeholders", {"num_placeholders": 2})]),
+    ('Write only one sentence with the words "{0}" and "{1}".',
+     [("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 2}),
+      ("keywords:existence", {"keywords": ["{0}", "{1}"]})]),
+    ("Use fewer than 20 words and no commas.",
+     [("length_constraints:number_words", {"relation": "less than", "num_words": 20}),
+      ("punctuation:no_comma", {})]),
+]  # fmt: skip
+
+
+def instructions() -> Iterator[dict]:
+    """A request and what the reply has to look like, as rows of IFEval. Each request comes once."""
+    for i, line in enumerate(REQUESTS.strip().splitlines()):
+        request, *words = (part.strip() for part in line.split("|"))
+        asked, parts = INSTRUCTIONS[(i + i // len(INSTRUCTIONS)) % len(INSTRUCTIONS)]
+        filled = json.loads(json.dumps(parts).replace("{0}", words[0]).replace("{1}", words[1]))
+        yield {
+            "request": request,
+            "prompt": f"{request} {asked.format(*words)}",
+            "instruction_id_list": [name for name, _ in filled],
+            "kwargs": [arguments for _, arguments in filled],
+        }
+
+
 TASKS: dict[str, Callable[[], Iterator[dict]]] = {
     "grammar": grammar,
     "commonsense": commonsense,
     "facts": facts,
     "reading": reading,
+    "facts_in_words": facts_in_words,
+    "instructions": instructions,
 }
 
 

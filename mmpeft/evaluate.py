@@ -36,14 +36,7 @@ def evaluate(
     Returns:
         the report (see ``docs/json.md``) and the items, one dict a row.
     """
-    everything = task.rows("test")
-    numbers = list(range(len(everything)))
-    if samples is not None and samples < len(numbers):
-        numbers = sorted(random.Random(seed).sample(numbers, samples))
-    rows = [everything[number] for number in numbers]
-    chats = [task.messages(row) for row in rows]
-    for number, row, chat in zip(numbers, rows, chats, strict=True):
-        check_chat(chat, task.where(row, number))
+    numbers, rows, chats = draw_rows(task, samples, seed)
 
     def score(prompts, name):
         replies = generate_replies(model, processor, prompts, task.max_new_tokens, batch_size, name)
@@ -76,6 +69,28 @@ def evaluate(
         )
     ]
     return report, items
+
+
+def draw_rows(task: Task, samples: int | None, seed: int, split: str = "test"):
+    """A seeded choice of a split: row numbers, rows and their chats, checked."""
+    everything = task.rows(split)
+    numbers = list(range(len(everything)))
+    if samples is not None and samples < len(numbers):
+        numbers = sorted(random.Random(seed).sample(numbers, samples))
+    rows = [everything[number] for number in numbers]
+    chats = [task.messages(row) for row in rows]
+    for number, row, chat in zip(numbers, rows, chats, strict=True):
+        check_chat(chat, task.where(row, number))
+    return numbers, rows, chats
+
+
+def score_rows(model, processor, task: Task, *, samples: int | None, seed: int = 0) -> dict:
+    """Accuracy on test rows without the controls: ``{"n", "accuracy", "ci95"}``."""
+    _, rows, chats = draw_rows(task, samples, seed)
+    prompts = [chat[:-1] for chat in chats]
+    replies = generate_replies(model, processor, prompts, task.max_new_tokens, 64, None)
+    summary = _summary(task.score(replies, rows), {})
+    return {key: summary[key] for key in ("n", "accuracy", "ci95")}
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from mmpeft import adapters, checkpoint
 from mmpeft.config import STAGES, RunConfig, load
-from mmpeft.data import Collator, ConversationDataset
+from mmpeft.data import Collator, ConversationDataset, WithReplay
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.processing import BridgeProcessor
 
@@ -41,9 +41,12 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
     set_seed(config.seed)
     model, processor = build(config)
     dataset = ConversationDataset(
-        config.data.task, "train", processor, config.data.chats_per_sample
-    )
+        config.data.task, "train", processor, config.data.chats_per_sample,
+        held_out=config.retention.vision_samples if config.retention else 0, seed=config.seed,
+    )  # fmt: skip
     calibrate(model, dataset)
+    with_replay = add_replay(dataset, config)
+    watch = watch_retention(model, dataset, config)
     if not resume:  # only now: a mistake found so far leaves no folder behind
         start_run_folder(run, resolved)
     stages = [name for name in STAGES if getattr(config, name) is not None]
@@ -53,7 +56,11 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
         if final.exists():
             checkpoint.load_trained(model, final)
             continue
-        train_stage(model, dataset, config, stage, run / "stages" / stage, resume)
+        folder = run / "stages" / stage
+        if stage == "align":  # trains the connector alone, which text never meets
+            train_stage(model, dataset, config, stage, folder, resume)
+        else:
+            train_stage(model, with_replay, config, stage, folder, resume, watch)
         save_final(model, processor, final)
     print(f"trained: {run}", file=sys.stderr)
     return run
@@ -93,6 +100,16 @@ def build(config: RunConfig):
     return model, BridgeProcessor.from_model(model, config.data.max_length)
 
 
+def add_replay(dataset: ConversationDataset, config: RunConfig):
+    """The data set with the configured replay mixed in; itself if there is none."""
+    if config.data.replay is None:
+        return dataset
+    replay = ConversationDataset(config.data.replay, "train", dataset.processor)
+    mixed = WithReplay(dataset, replay, config.data.replay_share)
+    print(mixed, file=sys.stderr)
+    return mixed
+
+
 @torch.no_grad()
 def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> None:
     """Give the connector the statistics of the frozen features, from evenly spread samples."""
@@ -109,8 +126,10 @@ def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> Non
         model.connector.calibrate(torch.cat(features), model.vision_encoder.grid, embedding_std)
 
 
-def train_stage(model, dataset, config: RunConfig, stage: str, folder: Path, resume: bool) -> None:
-    """One stage on ``transformers.Trainer``."""
+def train_stage(
+    model, dataset, config: RunConfig, stage: str, folder: Path, resume: bool, watch=None
+) -> None:
+    """One stage on ``transformers.Trainer``; ``watch`` is a callback that logs through it."""
     arguments = getattr(config, stage)
     arguments.output_dir = str(folder)
     arguments.seed = arguments.data_seed = config.seed
@@ -124,7 +143,22 @@ def train_stage(model, dataset, config: RunConfig, stage: str, folder: Path, res
         data_collator=Collator(dataset.processor.tokenizer.pad_token_id),
         callbacks=[MetricsFile(folder.parent.parent, stage)],
     )
+    if watch is not None:
+        watch.trainer = trainer
+        trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+
+
+def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
+    """The callback that measures text skills, None without ``config.retention``."""
+    if config.retention is None:
+        return None
+    from mmpeft.retention.callback import RetentionCallback
+
+    return RetentionCallback(
+        config.retention, Path(config.output_dir), model, dataset.processor, dataset.task,
+        [dataset.rows[number] for number in dataset.held_out], config.seed,
+    )  # fmt: skip
 
 
 class BridgeTrainer(Trainer):
@@ -195,22 +229,34 @@ class MetricsFile(TrainerCallback):
 
 
 def draw_loss(rows: list[dict], path: Path) -> None:
-    """The loss of every stage over its steps, one after the other."""
+    """The loss of every stage over its steps, one after the other; text skills below it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
+    watched = sorted({key for row in rows for key in row if key.startswith("retention/")})
+    figure = Figure(figsize=(7, 6 if watched else 3.5), layout="constrained")
+    axes, *below = figure.subplots(2 if watched else 1, sharex=True, squeeze=False).flat
     offset = 0
     for stage in dict.fromkeys(row["stage"] for row in rows):
-        points = [(r["step"], r["loss"]) for r in rows if r["stage"] == stage and "loss" in r]
+        own = [row for row in rows if row["stage"] == stage]
+        points = [(r["step"], r["loss"]) for r in own if "loss" in r]
+        for key in watched:
+            seen = [(offset + r["step"], 100 * r[key]) for r in own if key in r]
+            if seen:
+                below[0].plot(*zip(*seen, strict=True), "o-", label=key.removeprefix("retention/"))
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot([offset + step for step in steps], losses, label=stage)
             offset += steps[-1]
-    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.set(ylabel="loss (nats per supervised token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     if offset:
         axes.legend()
+    if watched:
+        below[0].set(ylabel="vision: accuracy, %\ntext: bridge - base, points")
+        below[0].axhline(0, color="grey", linewidth=0.8)
+        below[0].grid(alpha=0.3)
+        below[0].legend()
+    figure.axes[-1].set(xlabel="step")
     figure.savefig(path, dpi=120)
 
 

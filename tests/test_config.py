@@ -57,6 +57,15 @@ def test_scientific_notation_is_a_float_and_the_command_line_wins(tmp_path):
     assert (parsed.instruct.max_steps, parsed.model.adapter.r, parsed.model.gate) == (3, 2, "none")
 
 
+def test_replay_on_the_command_line(tmp_path):
+    replay = ["--data.replay", "Messages", "--data.replay.init_args.train", "replay.jsonl"]
+    parsed, _ = config.load(write_recipe(tmp_path), [*replay, "--data.replay_share", "0.3"])
+    assert (parsed.data.replay.train, parsed.data.replay_share) == ("replay.jsonl", 0.3)
+    assert parsed.data.task.train == "d"
+    with pytest.raises(ValueError, match="set model.adapter and instruct"):
+        config.load(write_recipe(tmp_path), [*replay, "--instruct", "null"])
+
+
 def test_the_resolved_recipe_reads_back_the_same(tmp_path):
     _, resolved = config.load(write_recipe(tmp_path))
     again = tmp_path / "again.yaml"
@@ -90,6 +99,8 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, old, new, message
     ("old", "new", "message"),
     [
         ("gate: sample", "gate: sometimes", "gate"),
+        ("data:", "data:\n  replay_share: 1.0", "replay_share is 1.0; it must lie above 0"),
+        ("data:", "data:\n  replay: {class_path: Mesages}", "replay: .*Did you mean 'Messages'"),
         ("max_steps: 8", "max_steps: many", "max_steps"),
         ("output_dir", "  - output_dir", "recipe.yaml"),
     ],

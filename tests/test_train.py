@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import mmpeft
 from mmpeft.train import COMPLETE, last_complete_checkpoint, train
 
+from .conftest import assistant, user
+
 
 def losses(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -62,6 +64,27 @@ def test_each_part_has_its_learning_rate(recipe):
     assert {id(p) for g in groups for p in g["params"]} == trained
 
 
+@pytest.fixture
+def replay(jsonl):
+    """Overrides that mix in three text rows, as half of all samples."""
+    text = [{"messages": [user(f"say {i}"), assistant("words " * 8)]} for i in range(3)]
+    return ["--data.replay", "Messages", "--data.replay.init_args.train",
+            str(jsonl(text, "replay.jsonl")), "--data.replay_share", "0.5"]  # fmt: skip
+
+
+def test_replay_joins_stage_instruct_and_only_that(recipe, replay, capsys):
+    plain = train(recipe, ["--model.gate", "none"])
+    mixed = train(
+        recipe, ["--model.gate", "none", *replay, "--output_dir", str(recipe.parent / "mixed")]
+    )
+    assert "replay: 12 of 24 samples, from 3 rows (3 of them used)" in capsys.readouterr().err
+    same = [losses(plain)[key] == losses(mixed)[key] for key in losses(plain)]
+    assert same == [stage == "align" for stage, _ in losses(plain)]
+    with pytest.raises(FileNotFoundError, match="gone.jsonl does not exist"):
+        train(recipe, [*replay[:3], "gone.jsonl", "--output_dir", str(recipe.parent / "gone")])
+    assert not (recipe.parent / "gone").exists()
+
+
 @pytest.mark.parametrize("cut", [["--instruct.per_device_train_batch_size", "1",
                                   "--instruct.gradient_accumulation_steps", "2"]])  # fmt: skip
 def test_the_loss_does_not_depend_on_how_a_batch_is_cut(recipe, cut):
@@ -96,8 +119,8 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("kill_after", [("align", 2), ("instruct", 10)])
-def test_killed_and_resumed_equals_uninterrupted(recipe, kill_after):
-    steps = ["--instruct.max_steps", "24", "--instruct.logging_steps", "1"]
+def test_killed_and_resumed_equals_uninterrupted(recipe, replay, kill_after):
+    steps = ["--instruct.max_steps", "24", "--instruct.logging_steps", "1", *replay]
     reference = train(recipe, [*steps, "--output_dir", str(recipe.parent / "whole")])
 
     killed = recipe.parent / "killed"

@@ -4,9 +4,13 @@ import importlib
 
 _EXPORTS = {
     "RetentionError": "sides",
+    "Sides": "sides",
+    "open_sides": "sides",
     "retain": "report",
     "retain_run": "report",
-    "render": "report",
+    "retain_pair": "report",
+    "render": "terminal",
+    "render_page": "page",
     "write": "report",
 }
 __all__ = list(_EXPORTS)

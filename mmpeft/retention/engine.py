@@ -1,41 +1,45 @@
-"""lm-eval asks, our model answers: one pass over a suite for each side."""
+"""lm-eval asks, one side answers."""
 
-import contextlib
 import hashlib
 import json
-import logging
+import math
 import random
-import sys
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
+from collections import defaultdict
 
-import torch
 from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
-from torch.nn.functional import log_softmax
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mmpeft.retention.sides import RetentionError, check_finite, evaluation, positions, side
-from mmpeft.retention.text import start_token
+from mmpeft.retention.modes import Mode, without_mark
+from mmpeft.retention.plan import Question
+from mmpeft.retention.replies import write
+from mmpeft.retention.score import Opening, planned, run, score
+from mmpeft.retention.sides import RetentionError, Sides, start_token
 
-BATCH_TOKENS = 2048
+GENERATE_ROWS = 32
 
 
 class SideLM(TemplateLM):
-    """One side of the model for lm-eval: log-likelihoods of continuations.
+    """One side in one mode, as lm-eval knows models.
 
-    Requests are put in an order that depends on their tokens alone, so the two sides run
-    batches of the same content and shape; `batches` is the hash of all of them. Requests that
-    feed the model the same tokens (single-token choices of one question) share a forward.
+    Args:
+        sides, side: which model answers ("base", "bridge" or "control").
+        mode: what stands before the prompts.
+        store: keeps finished batches; None computes all.
+        copied: an LM of the base whose answers are this side's too (see `certify`).
     """
 
-    def __init__(self, model, tokenizer, name: str):
+    def __init__(self, sides: Sides, side: str, mode: Mode, store=None, copied=None):
         super().__init__()
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self._device = model.device
-        self.batches = hashlib.sha256()
+        self.sides, self.side, self.mode, self.store, self.copied = sides, side, mode, store, copied
+        self.tokenizer = sides.tokenizer
+        self.sees = side != "base" and mode.name != "text"
+        self.openings: dict = {}
+        self.scored: dict[tuple[Opening | None, Question], tuple[float, bool]] = {}
+        self.replies: dict[tuple[str, str], tuple[str, list[int], bool]] = {}
+        self.asked: list[list[Question]] = []  # without a picture, as planned together
+
+    # ----------------------------------------------------------------- what lm-eval wants to know
 
     @property
     def eot_token_id(self) -> int:
@@ -45,226 +49,179 @@ class SideLM(TemplateLM):
     def prefix_token_id(self) -> int:
         return start_token(self.tokenizer)
 
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self.tokenizer.chat_template or ""
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        return self.mode.render(chat_history, add_generation_prompt)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None and bos and string.startswith(bos):
+            add_special_tokens = False  # a chat template wrote it already
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **special)
 
+    # ---------------------------------------------------------------------------- log-likelihoods
+
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        asked = [self._question(*request.args) for request in requests]
+        self._score(asked)
+        return [self.scored[pair] for pair in asked]
 
-    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """requests: ((context, continuation), context ids, continuation ids) each."""
-        by_input: dict[tuple[int, ...], list[int]] = {}
-        for i, ((context, _), context_ids, answer_ids) in enumerate(requests):
-            self._check_length(context, len(context_ids) + len(answer_ids) - 1)
-            by_input.setdefault((*context_ids, *answer_ids[:-1]), []).append(i)
-        inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+        longest = self.sides.text_config(self.side).max_position_embeddings
+        texts = []
+        for request in requests:
+            before, number, words = self.mode.split(request.args[0])
+            opening = self._opening(before, number)
+            ids = self.tok_encode(words, add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, longest // 2, 1)
+            texts.append([
+                (opening, Question(tuple(context), tuple(answer)))
+                for context, answer in map(make_disjoint_window, windows)
+            ])  # fmt: skip
+        self._score([window for text in texts for window in text])
+        return [sum(self.scored[pair][0] for pair in text) for text in texts]
 
-        results: list = [None] * len(requests)
-        bar = tqdm(total=len(requests), desc=f"suite: {self.name}", unit="choice", leave=False)
-        with evaluation(self.model), side(self.model, self.name):
-            start = 0
-            while start < len(inputs):
-                rows = inputs[start : start + max(1, BATCH_TOKENS // len(inputs[start]))]
-                start += len(rows)
-                keep = max(len(requests[i][2]) for row in rows for i in by_input[row])
-                for row, logits in zip(rows, self._logits(rows, keep), strict=True):
-                    for i in by_input[row]:
-                        results[i] = self._score(logits, requests[i][2])
-                        bar.update()
-        bar.close()
-        return results
+    def _loglikelihood_tokens(self, requests, **_):
+        raise NotImplementedError("loglikelihood is overridden; lm-eval never comes here")
 
-    def _check_length(self, context: str, length: int) -> None:
-        longest = self.model.config.get_text_config().max_position_embeddings
-        if length > longest:
+    def _score(self, asked) -> None:
+        by_opening = defaultdict(list)
+        for opening, question in asked:
+            by_opening[opening].append(question)
+        total = sum(len(set(questions)) for questions in by_opening.values())
+        label = f"{self.mode.name}: {self.side}"
+        with tqdm(total=total, desc=label, unit="answer", leave=False) as bar:
+            for opening, questions in by_opening.items():
+                if opening is None:
+                    self.asked.append(questions)
+                if self.copied is not None:
+                    found = {question: self._copy(None, question) for question in questions}
+                else:
+                    found = score(self.sides, self.side, questions, opening, self.store, bar)
+                self.scored |= {(opening, question): value for question, value in found.items()}
+
+    def _copy(self, *asked):
+        """What the base answered, to a question (None, question) or a prompt (words, options)."""
+        given = self.copied.replies if isinstance(asked[0], str) else self.copied.scored
+        if asked not in given:
             raise RetentionError(
-                f"a suite item of {length} tokens is longer than the model's context of {longest} "
-                f"and is never cut: {context[:60]!r}..."
+                "the tasks ask the bridge something that they did not ask the base; leave the task "
+                "files alone while a comparison runs"
             )
+        return given[asked]
 
-    def _logits(self, rows: list[tuple[int, ...]], keep: int) -> torch.Tensor:
-        """Logits (B, keep, V) of the last `keep` positions; rows are padded on the left."""
-        width = len(rows[0])
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        self.batches.update(json.dumps([rows, keep]).encode())
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            # an index makes a contiguous copy; a slice (an int) sends a frozen projection down a
-            # path that copies the vocabulary matrix once for every row
-            logits_to_keep=torch.arange(width - keep, width, device=self.device),
-        ).logits
+    def _question(self, context: str, continuation: str) -> tuple[Opening | None, Question]:
+        """As lm-eval encodes a pair: together, cut where the context alone ends."""
+        before, number, words = self.mode.split(context)
+        opening = self._opening(before, number)
+        special = None
+        if opening is not None:
+            special, words = False, words if before else "\n" + words
+        else:
+            words = before + words
+        if not words:
+            answer = self.tok_encode(continuation, add_special_tokens=False)
+            start = self.prefix_token_id
+            if answer[0] == start and len(answer) > 1:
+                return None, Question((start,), tuple(answer[1:]))
+            return None, Question((start,), tuple(answer))
+        kept = words.rstrip() or words
+        whole = self.tok_encode(words + continuation, add_special_tokens=special)
+        length = len(self.tok_encode(kept, add_special_tokens=special))
+        if length in (0, len(whole)):
+            raise RetentionError(f"nothing to score: context {words[-60:]!r}, {continuation!r}")
+        return opening, Question(tuple(whole[:length]), tuple(whole[length:]))
 
-    def _score(self, logits: torch.Tensor, answer_ids: list[int]) -> tuple[float, bool]:
-        """logits (keep, V) end where the answer ends."""
-        logits = logits[-len(answer_ids) :]
-        check_finite(logits, f"{self.name} on the suite")
-        answer = torch.tensor(answer_ids, device=logits.device)
-        chosen = log_softmax(logits.float(), dim=-1).gather(1, answer[:, None])
-        return chosen.sum().item(), bool((logits.argmax(-1) == answer).all())
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        raise RetentionError(
-            "this suite asks for perplexities; only choices can be compared so far"
+    def _opening(self, before: str, number: int | None) -> Opening | None:
+        """What the picture and the words before it are to this side; one object for each."""
+        if number is None or not self.sees:
+            return None
+        exchange = self.mode.exchanges[number]
+        return self.openings.setdefault(
+            (before, number), Opening(before, exchange.picture, exchange.sha256)
         )
 
-    def generate_until(self, requests, disable_tqdm: bool = False):
-        raise RetentionError("this suite asks for generation; only choices can be compared so far")
+    # --------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        """Greedy replies. Raises RetentionError for tasks that sample."""
+        by_options = defaultdict(list)
+        for request in requests:
+            context, options = request.args
+            by_options[json.dumps(options, sort_keys=True)].append(context)
+        label = f"{self.mode.name}: {self.side} writes"
+        with tqdm(total=len(requests), desc=label, unit="reply", leave=False) as bar:
+            for options, contexts in by_options.items():
+                for rows in _row_groups(contexts):
+                    replies = self._write(rows, options)
+                    self.replies |= {
+                        (context, options): reply
+                        for context, reply in zip(rows, replies, strict=True)
+                    }
+                    bar.update(len(rows))
+        return [self.reply(*request.args)[0] for request in requests]
+
+    def reply(self, context: str, options: dict) -> tuple[str, list[int], bool]:
+        """(text, token ids, ended by itself) of a reply that was written."""
+        return self.replies[context, json.dumps(options, sort_keys=True)]
+
+    def _write(self, contexts: list[str], options: str) -> list[tuple[str, list[int], bool]]:
+        if self.copied is not None:
+            return [self._copy(context, options) for context in contexts]
+        prompts = [self._prompt(context) for context in contexts]
+        asked = [[opening and [opening.before, opening.sha256], ids] for opening, ids in prompts]
+        key = hashlib.sha256(json.dumps([asked, options]).encode()).hexdigest()
+        replies = self.store.get(key) if self.store is not None else None
+        if replies is None:
+            replies = write(self.sides, self.side, prompts, json.loads(options))
+            if self.store is not None:
+                self.store.put(key, replies)
+        return [tuple(reply) for reply in replies]
+
+    def _prompt(self, context: str) -> tuple[Opening | None, list[int]]:
+        before, number, words = self.mode.split(context)
+        opening = self._opening(before, number)
+        if opening is None:
+            return None, self.tok_encode(before + words) or [self.prefix_token_id]
+        words = words if before else "\n" + words  # as in _question
+        return opening, self.tok_encode(words, add_special_tokens=False)
 
 
-@dataclass
-class Item:
-    """What one side made of one document."""
+def certify(base: SideLM, seed: int = 0, share: float = 0.1, least: int = 8) -> dict | None:
+    """Whether the bridge answers a sample of the base's batches with the same bits.
 
-    doc_id: int
-    sha256: str  # of the document and every prompt made from it
-    correct: bool
-    loglikelihoods: list[float]
+    Meant for a gate that keeps the adapter out of text, where the proof has found no difference:
+    then the bridge need not be asked everything again.
 
-
-@dataclass
-class Answers:
-    """One side's pass over a suite."""
-
-    tasks: dict[str, list[Item]]
-    batches: str
-
-
-class Suite:
-    """A group of lm-eval tasks read from local files, with a seeded choice of its documents.
-
-    Args:
-        name: an lm-eval group or task below `folder`.
-        folder: where the YAML files are; by default those that come with mmpeft.
-        samples: how many documents of each task to use (None: all).
-        seed: which ones.
+    Returns:
+        `{"batches", "of", "answers"}`, or None if an answer differs.
     """
-
-    def __init__(
-        self,
-        name: str = "embedded",
-        folder: str | Path | None = None,
-        samples: int | None = None,
-        seed: int = 0,
-    ):
-        self.name = name
-        if samples is not None and samples < 1:
-            raise ValueError(
-                f"samples={samples}: use at least 1 item of each task, or None for all"
-            )
-        folder = (
-            Path(folder) if folder is not None else Path(str(files("mmpeft.tasks"))) / "retention"
-        )
-        with quiet():
-            # without lm-eval's own tasks: scanning them takes longer than the whole suite
-            self.manager = TaskManager(include_path=str(folder), include_defaults=False)
-            known = [*self.manager.all_groups, *self.manager.all_tasks]
-            if name not in known:
-                raise ValueError(
-                    f"unknown suite {name!r}; {folder} holds: {', '.join(sorted(known))}"
-                )
-            loaded = self.manager.load([name])["tasks"]
-        self.indices = {
-            task: choose(len(body.eval_docs), samples, f"{seed} {task}")
-            for task, body in loaded.items()
-        }
-        self.versions = {
-            short(task): (body.config.metadata or {}).get("version")
-            for task, body in loaded.items()
-        }
-
-    def ask(self, model, tokenizer, name: str) -> Answers:
-        """Score the suite with one side ("base" or "bridge")."""
-        lm = SideLM(model, tokenizer, name)
-        with quiet():
-            # never lm-eval's cache: its key leaves the model out, so the sides would share answers
-            results = simple_evaluate(
-                model=lm,
-                tasks=[self.name],
-                samples=self.indices,
-                task_manager=self.manager,
-                log_samples=True,
-                bootstrap_iters=0,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-        tasks = {
-            short(task): sorted((read(task, row) for row in rows), key=lambda item: item.doc_id)
-            for task, rows in results["samples"].items()
-        }
-        return Answers(tasks, lm.batches.hexdigest())
+    batches = [batch for questions in base.asked for batch in planned(base.sides, questions)]
+    count = min(len(batches), max(least, math.ceil(share * len(batches))))
+    answers = 0
+    for batch in random.Random(seed).sample(batches, count):
+        found = run(base.sides, "bridge", batch, None, {})
+        if [tuple(answer) for answer in found] != [base.scored[None, q] for q in batch.questions]:
+            return None
+        answers += len(found)
+    for options in sorted({options for _, options in base.replies}):
+        contexts = [context for context, own in base.replies if own == options]
+        some = random.Random(seed).choice(_row_groups(contexts))  # the same rows share the batch
+        again = SideLM(base.sides, "bridge", base.mode)._write(some, options)
+        if again != [base.replies[context, options] for context in some]:
+            return None
+        answers += len(some)
+    return {"batches": count, "of": len(batches), "answers": answers}
 
 
-def short(task: str) -> str:
-    """lm-eval calls a task that is defined inside a group "group::task"."""
-    return task.rpartition("::")[2]
-
-
-def choose(available: int, wanted: int | None, seed: str) -> list[int]:
-    """A seeded choice of document numbers (lm-eval's own `limit` takes the first ones)."""
-    if wanted is None or wanted >= available:
-        return list(range(available))
-    return sorted(random.Random(seed).sample(range(available), wanted))
-
-
-def read(task: str, row: dict) -> Item:
-    """One logged sample of lm-eval as an Item."""
-    if row.get("acc") not in (0, 1):
-        raise RetentionError(
-            f"task {task} has no right-or-wrong `acc`; it reports {row['metrics']}"
-        )
-    asked = json.dumps([row["doc_hash"], row["arguments"]], sort_keys=True)
-    return Item(
-        doc_id=row["doc_id"],
-        sha256=hashlib.sha256(asked.encode()).hexdigest(),
-        correct=bool(row["acc"]),
-        loglikelihoods=[float(answer[0]) for answer in row["filtered_resps"]],
-    )
-
-
-def pair(base: Answers, bridge: Answers) -> dict[str, list[tuple[Item, Item]]]:
-    """Items of both sides matched by document number.
-
-    Raises:
-        RetentionError: the sides did not answer the same questions in the same batches.
-    """
-    pairs = {}
-    if base.tasks.keys() != bridge.tasks.keys():
-        raise RetentionError(
-            f"tasks differ: base {sorted(base.tasks)}, bridge {sorted(bridge.tasks)}"
-        )
-    for task, items in base.tasks.items():
-        others = bridge.tasks[task]
-        ids = [item.doc_id for item in items]
-        if ids != [item.doc_id for item in others] or len(set(ids)) != len(ids):
-            raise RetentionError(f"{task}: base and bridge answered different documents")
-        pairs[task] = list(zip(items, others, strict=True))
-        for one, other in pairs[task]:
-            if one.sha256 != other.sha256:
-                raise RetentionError(
-                    f"{task}: document {one.doc_id} or its prompt changed between base and "
-                    "bridge; leave the task files alone while a comparison runs"
-                )
-    if base.batches != bridge.batches:
-        raise RetentionError(
-            "base and bridge ran different batches, so small differences mean nothing"
-        )
-    return pairs
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep standard output free for the report, and lm-eval's advice out of the way."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logger.setLevel(level)
+def _row_groups(contexts) -> list[list[str]]:
+    """Prompts of about one length, as many as are written together."""
+    ordered = sorted(set(contexts), key=lambda context: (len(without_mark(context)), context))
+    return [ordered[i : i + GENERATE_ROWS] for i in range(0, len(ordered), GENERATE_ROWS)]

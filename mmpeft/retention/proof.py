@@ -3,9 +3,10 @@
 import hashlib
 import json
 
+import torch
 from tqdm import tqdm
 
-from mmpeft.retention.sides import RetentionError, both_logits, positions
+from mmpeft.retention.sides import RetentionError, Sides, paired_logits, positions
 
 PROMPTS = (
     "What is the capital of France?",
@@ -33,49 +34,83 @@ def text_conversations(image=None) -> list[list[dict]]:
 
 
 def max_abs_dlogit(
-    model, processor, conversations: list[list[dict]], what: str, batch_size: int = 4
+    sides: Sides, conversations: list[list[dict]], what: str, batch_size: int = 4
 ) -> float:
     """max |logit(bridge) - logit(base)| over all real positions and the whole vocabulary.
 
     Both sides see the same batch, so an exact 0 is an exact 0.
     """
-    most = 0.0
     starts = range(0, len(conversations), batch_size)
-    for start in tqdm(starts, desc=f"gate proof: {what}", unit="batch", leave=False):
-        batch = processor.apply_chat_template(
-            conversations[start : start + batch_size],
-            add_generation_prompt=True,  # so that the position a reply starts from is looked at
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        ).to(model.device)
-        batch["position_ids"] = positions(batch["attention_mask"])
-        base, bridge = both_logits(model, dict(batch), what)
+    batches = [_encode(sides, conversations[start : start + batch_size]) for start in starts]
+    most = 0.0
+    bar = tqdm(total=len(batches), desc=f"gate proof: {what}", unit="batch", leave=False)
+    for batch, (base, bridge) in zip(batches, paired_logits(sides, batches, what), strict=True):
         for row, mask in enumerate(batch["attention_mask"].bool()):
             change = bridge[row, mask].float() - base[row, mask].float()
             most = max(most, change.abs().max().item())
+        bar.update()
+    bar.close()
     return most
 
 
-def prove(model, processor, image_prompts: list[list[dict]], irrelevant_image) -> dict[str, float]:
-    """`{"text", "irrelevant_image", "image"}`: what the adapter does to the logits of each.
+def _encode(sides: Sides, conversations: list[list[dict]]) -> dict:
+    if not sides.chats:
+        words = [conversation[0]["content"] for conversation in conversations]
+        batch = sides.tokenizer(words, return_tensors="pt", padding=True)
+        return {key: batch[key] for key in ("input_ids", "attention_mask")} | {
+            "position_ids": positions(batch["attention_mask"])
+        }
+    batch = sides.chat.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,  # so that the position a reply starts from is looked at
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+    return {**batch, "position_ids": positions(batch["attention_mask"])}
+
+
+def picture_effect(sides: Sides, picture) -> float:
+    """max |change of the next word's logits| that a picture makes to the tuned side."""
+    with sides.on("bridge") as model:
+        seen = sides.look("", picture)
+        device = seen["input_ids"].device
+        words = torch.tensor(
+            [sides.tokenizer.encode("\n" + PROMPTS[0], add_special_tokens=False)], device=device
+        )
+        past = model(**seen, use_cache=True).past_key_values
+        mask = torch.ones(1, seen["input_ids"].shape[1] + words.shape[1], device=device)
+        with_picture = model(input_ids=words, attention_mask=mask.long(), past_key_values=past)
+        without = model(input_ids=words)
+        change = with_picture.logits[0, -1].float() - without.logits[0, -1].float()
+        return change.abs().max().item()
+
+
+def prove(sides: Sides, image_prompts: list[list[dict]], irrelevant_image) -> dict:
+    """`{"text", "irrelevant_image", "image"}`: what the tuning does to the logits of each.
+
+    The last two are None for models without eyes. For two checkpoints, of which only the tuned one
+    sees, `image` is the change a picture makes to that one, and `irrelevant_image` is None.
 
     Raises:
-        RetentionError: the adapter changes nothing even on `image_prompts`.
+        RetentionError: the tuning shows no effect where it must: the sides are one model.
     """
-    deltas = {
-        "text": max_abs_dlogit(model, processor, text_conversations(), "text prompts"),
-        "irrelevant_image": max_abs_dlogit(
-            model, processor, text_conversations(irrelevant_image), "prompts with a photograph"
-        ),
-        "image": max_abs_dlogit(model, processor, image_prompts, "image prompts"),
-    }
-    if deltas["image"] == 0:
+    deltas = {"text": max_abs_dlogit(sides, text_conversations(), "text prompts")}
+    deltas |= {"irrelevant_image": None, "image": None}
+    if sides.kind == "bridge":
+        deltas["irrelevant_image"] = max_abs_dlogit(
+            sides, text_conversations(irrelevant_image), "prompts with a photograph"
+        )
+        deltas["image"] = max_abs_dlogit(sides, image_prompts, "image prompts")
+    elif sides.sees:
+        deltas["image"] = picture_effect(sides, irrelevant_image)
+    if deltas["image"] == 0 or (deltas["image"] is None and deltas["text"] == 0):
+        on = "text" if deltas["image"] is None else "image"
         raise RetentionError(
-            "the adapter is inactive: on image prompts its logits equal the base bit for bit, so "
-            "a comparison would measure the base against itself. Load the trained adapter (a fresh "
-            "LoRA starts at zero) and leave it enabled."
+            f"the adapter is inactive: on {on} prompts the logits of the two sides are equal bit "
+            "for bit, so a comparison would measure the base against itself. Load the trained "
+            "adapter (a fresh LoRA starts at zero) and leave it enabled."
         )
     return deltas
 

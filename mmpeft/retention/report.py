@@ -1,4 +1,4 @@
-"""Put proof, prose and suite together; say the verdict in JSON and in words."""
+"""Put proof, prose and suite together, and keep the report."""
 
 import hashlib
 import json
@@ -12,97 +12,116 @@ from pathlib import Path
 import mmpeft
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.images import load_image
-from mmpeft.retention.engine import Suite, pair
+from mmpeft.retention.compare import Comparison, compare_sides
+from mmpeft.retention.modes import MODES, Exchange
+from mmpeft.retention.page import render_page
 from mmpeft.retention.proof import prompts_sha256, prove
-from mmpeft.retention.sides import SIDES
-from mmpeft.retention.statistics import MARGIN, compare
+from mmpeft.retention.sides import BridgeSides, RetentionError, Sides, open_sides
+from mmpeft.retention.statistics import MARGIN
+from mmpeft.retention.store import ENGINE
+from mmpeft.retention.suite import Suite
+from mmpeft.retention.terminal import render
 from mmpeft.retention.text import compare_text, embedded_text
 
-SCHEMA = "mmpeft.retain/1"
+SCHEMA = "mmpeft.retain/2"
 IMAGE_PROMPTS = 16  # rows of the vision task that show the adapter at work
+EXCHANGES = 4  # pictures and exchanges that stand before the text tasks
 PACKAGES = ("lm_eval", "torch", "transformers", "peft")
+# what was said about the starter photographs, for models without a vision task of their own
+SPOKEN = {
+    "china.jpg": ("What building is this?", "It is a temple with a tiled roof, in Beijing."),
+    "flower.jpg": ("What do you see?", "A pink dahlia in full bloom, with green leaves behind it."),
+}
 
 
 def retain(
     model,
-    processor,
+    processor=None,
     *,
-    image_prompts: list[list[dict]],
+    image_prompts: list[list[dict]] = (),
     irrelevant_image=None,
-    suite: str = "embedded",
+    suite: str | list[str] = "embedded",
     suite_folder: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    modes: list[str] | None = None,
     samples: int | None = None,
     seed: int = 0,
     margin: float = MARGIN,
     text: str | None = None,
     max_tokens: int = 16384,
-) -> dict:
-    """Compare a bridge with its own base (the same weights, adapter disabled) on text.
+    cache: str | Path | None = None,
+) -> tuple[dict, list[dict]]:
+    """Compare a tuned model with its base on text.
 
     Args:
-        model, processor: a bridge and its processor; the model is left in the mode it came in.
-        image_prompts: conversations with images, on which the adapter must show an effect.
-        irrelevant_image: path or picture put before the text prompts; default: a photograph from
-            the starter assets.
-        suite, suite_folder: an lm-eval group and the folder of its YAML files (default: ours).
+        model, processor: a bridge and its processor; or a `Sides` (see :mod:`.sides`) alone.
+        image_prompts: complete chats about an image, from the bridge's vision task. The adapter
+            must show an effect on them, and they precede the text in mode "after_image".
+        irrelevant_image: path or picture put before the text in mode "with_image"; default:
+            photographs from the starter assets.
+        suite: lm-eval groups or tasks; `suite_folder` adds a folder of YAML files to ours,
+            `data_dir` is where tasks that read local data find it.
+        modes: which of "text", "with_image", "after_image"; default: all the model can do.
         samples: items of each task, chosen by `seed` (None: all).
         margin: loss that still counts as retained, as a share (0.02 is two points).
         text, max_tokens: the prose to predict (default: Python's own) and how much of it.
+        cache: folder of answers already given (see :mod:`.store`); None: none are kept.
 
     Returns:
-        The report, a JSON object of schema "mmpeft.retain/1" (fields: docs/json.md).
+        The report, a JSON object of schema "mmpeft.retain/2", and the items, one dict for each
+        document in each mode (fields: tasks/retention/README.md).
 
     Raises:
         RetentionError: the report would prove nothing (inactive adapter, NaN logits, sides that saw
-            different questions).
+            different questions or shared their answers).
+        ValueError: an unknown mode, suite or task, or data that cannot be had.
     """
-    if not image_prompts:
+    start = time.perf_counter()
+    sides = model if isinstance(model, Sides) else BridgeSides(model, processor)
+    if sides.kind == "bridge" and not image_prompts:
         raise ValueError(
             "image_prompts is empty: without an image nobody can tell an unchanged model from an "
             "adapter that is switched off. Pass the messages of a few rows of a vision task."
         )
-    start = time.perf_counter()
-    questions = Suite(suite, suite_folder, samples, seed)  # first: it fails at once if misspelt
-    irrelevant_image = photograph() if irrelevant_image is None else irrelevant_image
-    deltas = prove(model, processor, image_prompts, irrelevant_image)
-    prose = compare_text(
-        model,
-        processor.tokenizer,
-        embedded_text() if text is None else text,
-        max_tokens=max_tokens,
-    )
-    base, bridge = (questions.ask(model, processor.tokenizer, name) for name in SIDES)
-
-    gate = model.config.gate
-    unchanged = gate != "none" and deltas["text"] == 0 and prose["max_abs_dlogit"] == 0
-    rows = {
-        task: [
-            (a.correct, b.correct, 1 / len(a.loglikelihoods), a.loglikelihoods == b.loglikelihoods)
-            for a, b in pairs
-        ]
-        for task, pairs in pair(base, bridge).items()
-    }
-    tasks = [{"name": task, **judge(items, margin, unchanged)} for task, items in rows.items()]
-    judged = [
-        item for task in tasks if task["verdict"] != "not_judgeable" for item in rows[task["name"]]
-    ]
-    overall = judge(judged, margin, unchanged) if judged else None
-    return {
+    modes = check_modes(modes, sides)
+    questions = Suite(suite, suite_folder, samples, seed, data_dir)  # fails at once if misspelt
+    names = {side: sides.identity(side) for side in ("base", "bridge")}
+    if names["base"]["sha256"] == names["bridge"]["sha256"]:
+        raise RetentionError(
+            f"{names['base']['name']} and {names['bridge']['name']} hold the same weights: there "
+            "is nothing to compare"
+        )
+    pictures = photographs(irrelevant_image) if sides.sees else []
+    exchanges = {mode: exchanges_of(mode, pictures, image_prompts) for mode in modes}
+    prompts = [without_answer(chat) for chat in image_prompts[:IMAGE_PROMPTS]]
+    deltas = prove(sides, prompts, pictures[0].picture if pictures else None)
+    prose = compare_text(sides, embedded_text() if text is None else text, max_tokens=max_tokens)
+    moved = deltas["text"] > 0 or prose["max_abs_dlogit"] > 0
+    found = compare_sides(
+        sides, questions, exchanges, margin=margin, moved=moved, cache=cache,
+        closed=not moved and sides.gate not in (None, "none"),
+    )  # fmt: skip
+    report = {
         "schema": SCHEMA,
-        "verdict": overall["verdict"] if overall else "not_judgeable",
-        "gate": gate,
+        "verdict": found.modes[modes[0]]["verdict"],
+        "gate": sides.gate,
         "margin": margin,
+        "sides": {"kind": sides.kind, **names},
         "max_abs_dlogit": deltas,
         "bits_per_byte": prose["bits_per_byte"],
         "kl": prose["kl"],
         "top1_agreement": prose["top1_agreement"],
-        "tasks": tasks,
-        "overall": overall,
+        "modes": found.modes,
+        "tasks": found.tasks,
+        "perplexities": found.perplexities,
+        "overall": found.modes[modes[0]]["overall"],
+        "dial": None,
+        "skipped": questions.skipped,
         "provenance": {
             "suite": {
-                "name": suite,
-                "versions": questions.versions,
-                "sha256": items_sha256(base),
+                "names": questions.names,
+                "versions": {t: m.get("version") for t, m in questions.metadata.items()},
+                "sha256": {mode: pairs_sha256(pairs) for mode, pairs in found.pairs.items()},
                 "samples": samples,
                 "seed": seed,
             },
@@ -111,10 +130,12 @@ def retain(
                 **prose["source"],
                 "max_abs_dlogit": prose["max_abs_dlogit"],
             },
-            "prompts_sha256": prompts_sha256(image_prompts),
-            "image_prompts": len(image_prompts),
-            "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "prompts_sha256": prompts_sha256(prompts),
+            "image_prompts": len(prompts),
+            "engine": {"version": ENGINE, "packed_rows": bool(sides.packs)},
+            "cache": cache_use(found),
+            "setting": {k: v for k, v in sides.setting("bridge").items()
+                        if k in ("dtype", "device", "threads")},
             "versions": {
                 "mmpeft": mmpeft.__version__,
                 "python": platform.python_version(),
@@ -122,135 +143,138 @@ def retain(
             },
             "seconds": round(time.perf_counter() - start, 1),
         },
-    }
+    }  # fmt: skip
+    return report, found.items
 
 
-def retain_run(run, task, *, image=None, samples: int | None = None, seed: int = 0) -> dict:
+def retain_run(
+    run, task, *, image=None, seed: int = 0, scales: list[float] | None = None, output=None,
+    suite: str | list[str] = "embedded", suite_folder=None, data_dir=None, modes=None,
+    samples: int | None = None, margin: float = MARGIN, cache=None,
+) -> dict:  # fmt: skip
     """Load a run, measure its retention, and keep the report in the run folder.
 
     Args:
         task: the vision task whose test rows serve as image prompts.
-        image: path of the irrelevant picture (default: a starter photograph).
-        samples: items of each text task, chosen by `seed` (None: all).
+        image: path of the irrelevant picture (default: starter photographs).
+        scales: also turn the dial, on the same tasks and modes (see :mod:`.dial`).
+        output: where to write instead of `RUN/retain`; a bare checkpoint is left as it is.
+        suite, suite_folder, data_dir, modes, samples, margin, cache: see :func:`retain`.
     """
     rows = task.rows("test")
     chosen = random.Random(seed).sample(range(len(rows)), min(IMAGE_PROMPTS, len(rows)))
-    image_prompts = [task.messages(rows[number])[:-1] for number in chosen]
-    irrelevant_image = None if image is None else load_image(image, "irrelevant image")
+    image_prompts = [task.messages(rows[number]) for number in chosen]
+    picture = None if image is None else load_image(image, "irrelevant image")
     model, processor = load(run)
-    report = retain(
-        model, processor, image_prompts=image_prompts, irrelevant_image=irrelevant_image,
-        samples=samples, seed=seed,
+    report, items = retain(
+        BridgeSides(model, processor, str(run)), image_prompts=image_prompts,
+        irrelevant_image=picture, suite=suite, suite_folder=suite_folder, data_dir=data_dir,
+        modes=modes, samples=samples, seed=seed, margin=margin, cache=cache,
     )  # fmt: skip
-    if find_checkpoint(run) != Path(run):  # a bare checkpoint is left as it is
-        write(report, Path(run) / "retain")
+    if scales is not None:
+        from mmpeft.retention.dial import turn
+
+        pictures = photographs(picture)
+        report["dial"] = turn(
+            model, processor, task, scales, Suite(suite, suite_folder, samples, seed, data_dir),
+            {mode: exchanges_of(mode, pictures, image_prompts) for mode in report["modes"]},
+            seed=seed, margin=margin, cache=cache,
+        )  # fmt: skip
+    if output is None and find_checkpoint(run) != Path(run):
+        output = Path(run) / "retain"
+    if output is not None:
+        write(report, items, output)
     return report
 
 
-def judge(items: list[tuple], margin: float, unchanged: bool) -> dict:
-    """Statistics of items (base right, bridge right, chance, same log-likelihoods).
+def retain_pair(base: str, tuned: str, *, image=None, output=None, dtype="auto", **options) -> dict:
+    """Compare two models of anybody's making: base and peft adapter, or two full checkpoints.
 
-    `unchanged`: a gate kept the adapter out of every text that was looked at. Then, if every
-    log-likelihood here is the same bit for bit too, the difference is 0 by proof.
+    Args:
+        base, tuned: folders, hub names or `starter:NAME`; `tuned` may be a peft adapter of `base`,
+            a causal LM, or a VLM that transformers loads as an image-text-to-text model.
+        image, output, options: see :func:`retain_run`, :func:`retain`.
     """
-    base, bridge, chances, same = zip(*items, strict=True)
-    return compare(
-        base,
-        bridge,
-        chance=sum(chances) / len(chances),
-        margin=margin,
-        exact=unchanged and all(same),
-    )
+    irrelevant_image = None if image is None else load_image(image, "irrelevant image")
+    sides = open_sides(base, tuned, dtype)
+    report, items = retain(sides, irrelevant_image=irrelevant_image, **options)
+    if output is not None:
+        write(report, items, output)
+    return report
 
 
-def items_sha256(answers) -> str:
-    """Hash of all documents and prompts of the suite, in order."""
-    asked = [[task, [item.sha256 for item in items]] for task, items in answers.tasks.items()]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+def check_modes(modes: list[str] | None, sides: Sides) -> list[str]:
+    """The modes to measure, in their own order."""
+    possible = [mode for mode in MODES if mode == "text" or sides.sees]
+    if not sides.chats:
+        possible = [mode for mode in possible if mode != "after_image"]
+    for mode in modes or ():
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is unknown; choose among {', '.join(MODES)}.")
+        if mode not in possible:
+            lacks = "a tuned model that sees" if not sides.sees else "a chat template"
+            raise ValueError(f"mode {mode!r} needs {lacks}.")
+    return [mode for mode in possible if not modes or mode in modes]
 
 
-def photograph() -> Path:
-    """A real photograph that has nothing to do with any prompt."""
+def exchanges_of(mode: str, pictures: list[Exchange], image_prompts) -> list[Exchange]:
+    """What stands before the prompts of a mode."""
+    if mode == "text":
+        return []
+    if mode == "with_image":
+        return [Exchange(one.picture) for one in pictures]
+    return [exchange_of(chat) for chat in image_prompts[:EXCHANGES]] or pictures
+
+
+def exchange_of(chat: list[dict]) -> Exchange:
+    """A complete chat of a vision task: one picture, a question, the reference answer."""
+    content = next(turn["content"] for turn in chat if turn["role"] == "user")
+    picture = next(part["image"] for part in content if part["type"] == "image")
+    words = " ".join(part["text"] for part in content if part["type"] == "text")
+    return Exchange(load_image(picture, "image prompt").convert("RGB"), words, chat[-1]["content"])
+
+
+def without_answer(chat: list[dict]) -> list[dict]:
+    return chat[:-1] if chat[-1]["role"] == "assistant" else chat
+
+
+def photographs(given=None) -> list[Exchange]:
+    """Real photographs that have nothing to do with any prompt."""
+    if given is not None:
+        return [Exchange(load_image(given, "irrelevant image"), "What do you see?", "A picture.")]
     from mmpeft import starter
 
     folder = starter.path("photographs")
-    return min(path for path in folder.rglob("*") if path.suffix in {".jpg", ".png"})
+    return [Exchange(load_image(folder / name, name), *said) for name, said in SPOKEN.items()]
 
 
-def write(report: dict, folder: str | Path) -> list[Path]:
-    """Write report.json and report.txt below `folder`; a reader never sees half a file."""
+def pairs_sha256(pairs: dict) -> str:
+    """Hash of all documents and prompts of a mode, in order."""
+    asked = [[task, [one.sha256 for one, _ in items]] for task, items in pairs.items()]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def cache_use(found: Comparison) -> dict:
+    """How many batches were answered from the cache, computed, or found damaged."""
+    return {
+        "reused_batches": sum(store.reused for store in found.stores),
+        "computed_batches": sum(store.computed for store in found.stores),
+        "recovered_lines": sum(store.damaged for store in found.stores),
+    }
+
+
+def write(report: dict, items: list[dict], folder: str | Path) -> list[Path]:
+    """Write the report as JSON, text and page, and its items; a reader never sees half a file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     bodies = {
+        "items.jsonl": "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
         "report.txt": render(report),
+        "report.html": render_page(report, items),
     }
     for name, body in bodies.items():
         partial = folder / f".{name}.partial"
         partial.write_text(body, encoding="utf-8")
         os.replace(partial, folder / name)
     return [folder / name for name in bodies]
-
-
-VERDICTS = {
-    "retained": "RETAINED: a loss of {margin} points or more on this text is ruled out",
-    "degraded": "DEGRADED: the bridge answers worse than its base",
-    "inconclusive": "INCONCLUSIVE: neither a loss nor its absence ({margin} points) is shown",
-    "not_judgeable": "NOT JUDGEABLE: the base itself answers no better than chance",
-}
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, signed."""
-    return f"{100 * share:+.1f}"
-
-
-def render(report: dict) -> str:
-    """The report as plain text, verdict first."""
-    overall, deltas = report["overall"], report["max_abs_dlogit"]
-    bpb, kl = report["bits_per_byte"], report["kl"]
-    lines = [VERDICTS[report["verdict"]].format(margin=f"{100 * report['margin']:g}")]
-    if overall and overall["exact"]:
-        lines.append("Shown by proof, not estimated: on text the two sides are the same function.")
-    worse = [task["name"] for task in report["tasks"] if task["verdict"] == "degraded"]
-    if worse and report["verdict"] != "degraded":
-        lines.append(f"Not everywhere: degraded on {', '.join(worse)}.")
-    lines += [
-        "",
-        f"Gate {report['gate']!r}, largest change of any logit when the adapter is switched on:",
-        f"  text {deltas['text']:.4g}   text after an irrelevant image "
-        f"{deltas['irrelevant_image']:.4g}   image questions {deltas['image']:.4g}",
-        f"Prose ({report['provenance']['text']['tokens']} tokens): "
-        f"bits per byte {bpb['base']:.4f} -> {bpb['bridge']:.4f}, "
-        f"KL mean {kl['mean']:.4g}, p95 {kl['p95']:.4g}, max {kl['max']:.4g} nats, "
-        f"same top token {100 * report['top1_agreement']:.2f}%",
-        "",
-    ]
-    header = ("task", "n", "base %", "bridge %", "delta", "95% interval", "gained", "lost",
-              "McNemar p", "visible drop", "verdict")  # fmt: skip
-    rows = [header]
-    for task in [*report["tasks"], *([{"name": "all", **overall}] if overall else [])]:
-        low, high = task["ci95"]
-        rows.append((
-            task["name"], str(task["n"]), f"{100 * task['base']:.1f}",
-            f"{100 * task['bridge']:.1f}", points(task["delta"]),
-            "exact" if task["exact"] else f"[{points(low)}, {points(high)}]",
-            str(task["flips"]["gained"]), str(task["flips"]["lost"]),
-            f"{task['mcnemar_p']:.3g}", f"{100 * task['smallest_detectable_drop']:.1f}",
-            task["verdict"],
-        ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        first, *middle, last = (
-            cell.ljust(width) if i in (0, len(header) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *middle, last]).rstrip())
-    lines += [
-        "",
-        "Prose and tasks hold no image. After an image the adapter is at work, whatever the gate.",
-        "delta, interval: points, bridge - base, same items; gained, lost: answers that flipped",
-        "visible drop: the smallest loss this n shows with 80% power, at this rate of flips",
-        "all: the tasks whose base is above chance, pooled; the verdict on top is theirs",
-    ]
-    return "\n".join(lines) + "\n"

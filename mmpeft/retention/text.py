@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from mmpeft.retention.sides import RetentionError, both_logits, positions
+from mmpeft.retention.sides import RetentionError, Sides, paired_logits, positions, start_token
 
 CHUNK = 128  # positions whose log-probabilities (CHUNK, V) are held in float32 at a time
 
@@ -27,50 +27,38 @@ def embedded_text() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def start_token(tokenizer) -> int:
-    """What precedes a text: the token lm-eval puts before an empty context (BOS, else EOS)."""
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise RetentionError(
-            "the tokenizer has neither a BOS nor an EOS token to start a text with"
-        )
-    return token
-
-
 def compare_text(
-    model, tokenizer, text: str, *, max_tokens: int = 16384, window: int = 512, batch_size: int = 2
+    sides: Sides, text: str, *, max_tokens: int = 16384, window: int = 512, batch_size: int = 2
 ) -> dict:
     """Base and bridge on the first `max_tokens` tokens of `text`.
 
     The tokens are cut into windows of `window` inputs, each opened by the start token; every token
     is predicted exactly once. Log-probabilities are float32 and KL is in nats per token, base
-    relative to bridge.
+    relative to bridge, also as a mean over each sixteenth of the window.
 
     Returns `bits_per_byte`, `kl`, `top1_agreement`, `max_abs_dlogit` and `source`.
     """
+    tokenizer = sides.tokenizer
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = coded["input_ids"][:max_tokens]
     if not ids:
         raise RetentionError("the text to measure on is empty")
     scored = text[: coded["offset_mapping"][len(ids) - 1][1]]
-    window = min(window, model.config.get_text_config().max_position_embeddings)
+    window = min(window, sides.text_config("base").max_position_embeddings)
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     opening = start_token(tokenizer)
 
-    nats = {"base": 0.0, "bridge": 0.0}
-    kl, agree, most = [], 0, 0.0
-    bar = tqdm(total=len(ids), desc="prose", unit="token", leave=False)
     # the last window may be shorter; alone in its batch it needs no padding
     full = len(windows) if len(windows[-1]) == window else len(windows) - 1
     groups = [windows[i : min(i + batch_size, full)] for i in range(0, full, batch_size)]
     groups += [[rest] for rest in windows[full:]]
-    for group in groups:
-        targets = torch.tensor(group, device=model.device)
-        inputs = targets.roll(1, dims=1)
-        inputs[:, 0] = opening
-        mask = torch.ones_like(inputs)
-        batch = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions(mask)}
-        base, bridge = both_logits(model, batch, "prose")
+    batches = [_batch(group, opening) for group in groups]
+
+    nats = {"base": 0.0, "bridge": 0.0}
+    kl, agree, most = [], 0, 0.0
+    bar = tqdm(total=len(ids), desc="prose", unit="token", leave=False)
+    for group, (base, bridge) in zip(groups, paired_logits(sides, batches, "prose"), strict=True):
+        targets = torch.tensor(group, device=base.device)
         for p_rows, q_rows, answers in zip(
             base.flatten(0, 1).split(CHUNK),
             bridge.flatten(0, 1).split(CHUNK),
@@ -87,6 +75,7 @@ def compare_text(
             kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu().numpy())
         bar.update(targets.numel())
     bar.close()
+    places = np.concatenate([np.arange(len(row)) for group in groups for row in group])
     kl = np.concatenate(kl)
     size = len(scored.encode("utf-8"))
     return {
@@ -95,6 +84,7 @@ def compare_text(
             "mean": float(kl.mean()),
             "p95": float(np.percentile(kl, 95)),
             "max": float(kl.max()),
+            "by_position": _by_position(kl, places, window),
         },
         "top1_agreement": agree / len(ids),
         "max_abs_dlogit": most,
@@ -105,3 +95,19 @@ def compare_text(
             "window": window,
         },
     }
+
+
+def _batch(group: list[list[int]], opening: int) -> dict[str, torch.Tensor]:
+    """Inputs (B, T) that predict the tokens of `group`."""
+    inputs = torch.tensor(group).roll(1, dims=1)
+    inputs[:, 0] = opening
+    mask = torch.ones_like(inputs)
+    return {"input_ids": inputs, "attention_mask": mask, "position_ids": positions(mask)}
+
+
+def _by_position(kl: np.ndarray, places: np.ndarray, window: int) -> list[dict]:
+    """Mean divergence by the number of tokens already read."""
+    step = max(1, window // 16)
+    parts = [(low, kl[(places >= low) & (places < low + step)]) for low in range(0, window, step)]
+    return [{"from": low, "to": low + step, "mean": float(part.mean())}
+            for low, part in parts if len(part)]  # fmt: skip

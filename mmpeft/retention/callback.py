@@ -1,0 +1,109 @@
+"""Retention while training: a few text items and a few pictures every so many steps."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from mmpeft.config import RetentionConfig
+from mmpeft.evaluate import generate_replies
+from mmpeft.retention.compare import compare_sides
+from mmpeft.retention.report import check_modes, exchanges_of, photographs
+from mmpeft.retention.sides import BridgeSides, evaluation
+from mmpeft.retention.store import Store
+from mmpeft.retention.suite import Suite
+
+
+class RetentionCallback(TrainerCallback):
+    """Logs `retention/vision` and `retention/MODE` (bridge - base, shares) beside the loss.
+
+    `front.json` in the run folder lists what was measured. `best/` is a whole checkpoint: the step
+    with the best vision score among those whose loss of text stays within `max_drop`.
+
+    Args:
+        run: the run folder.
+        task: the vision task; `rows` are training rows that training never sees.
+    """
+
+    def __init__(self, config: RetentionConfig, run: Path, model, processor, task, rows, seed: int):
+        self.config, self.run, self.task, self.rows = config, Path(run), task, rows
+        self.model, self.processor = model, processor
+        self.suite = Suite(config.suite, config.include_path, config.samples, seed)
+        self.chats = [task.messages(row) for row in rows]
+        sides = BridgeSides(model, processor)
+        modes = check_modes(config.modes, sides)
+        pictures = photographs() if modes != ["text"] else []
+        self.exchanges = {mode: exchanges_of(mode, pictures, self.chats) for mode in modes}
+        self.base = Store(None, sides.setting("base"))
+        self.trainer = None  # set when there is one
+        path = self.run / "front.json"
+        self.points = json.loads(path.read_text()) if path.is_file() else []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # resumed: what was measured behind the last complete checkpoint is measured again
+        self.points = [point for point in self.points if point["step"] <= state.global_step]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.config.every_steps == 0:
+            point = self.measure(state.global_step)
+            self.trainer.log(
+                {"retention/vision": point["vision"]}
+                | {f"retention/{mode}": body["delta"] for mode, body in point["modes"].items()}
+            )
+            if self.config.stop and self.certain(point):
+                print(
+                    f"stopped at step {point['step']}: more than {self.config.max_drop:.1%} of the "
+                    "text answers are certainly lost (retention.max_drop)",
+                    file=sys.stderr,
+                )
+                control.should_training_stop = True
+
+    def measure(self, step: int) -> dict:
+        """One point of the front; keeps the checkpoint if it is the best so far."""
+        with evaluation(self.model):
+            replies = generate_replies(
+                self.model, self.processor, [chat[:-1] for chat in self.chats],
+                self.task.max_new_tokens, 64, None,
+            )  # fmt: skip
+        right = self.task.score(replies, self.rows)
+        found = compare_sides(
+            BridgeSides(self.model, self.processor), self.suite, self.exchanges, generated=False,
+            control=False, stores={"base": self.base},
+        )  # fmt: skip
+        modes = {mode: {key: body["overall"][key] for key in ("delta", "bounds95", "n")}
+                 for mode, body in found.modes.items() if body["overall"]}  # fmt: skip
+        point = {"step": step, "vision": sum(right) / len(right), "modes": modes, "best": False}
+        if self.within(point) and all(
+            point["vision"] > other["vision"] for other in self.points if other["best"]
+        ):
+            for other in self.points:
+                other["best"] = False
+            point["best"] = True
+            self._keep()
+        self.points.append(point)
+        _replace(self.run / "front.json", json.dumps(self.points, indent=1) + "\n")
+        return point
+
+    def within(self, point: dict) -> bool:
+        """No mode has lost more than `max_drop`."""
+        return all(-body["delta"] <= self.config.max_drop for body in point["modes"].values())
+
+    def certain(self, point: dict) -> bool:
+        """Some mode has lost more than `max_drop`, with one-sided 95% confidence."""
+        return any(body["bounds95"][1] < -self.config.max_drop for body in point["modes"].values())
+
+    def _keep(self) -> None:
+        best, partial = self.run / "best", self.run / "best.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        self.processor.save_pretrained(partial)
+        shutil.rmtree(best, ignore_errors=True)
+        partial.rename(best)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

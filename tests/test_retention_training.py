@@ -1,0 +1,114 @@
+"""Text skills watched while training: logged, the best step kept, no step of training changed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmpeft
+from mmpeft import config
+from mmpeft.data import hold_out
+from mmpeft.train import train
+
+WATCH = ["--retention.every_steps", "4", "--retention.samples", "3",
+         "--retention.vision_samples", "3"]  # fmt: skip
+
+
+class Groups:
+    """A task whose rows belong to pictures."""
+
+    def group(self, row):
+        return row
+
+
+def logged(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if "retention/vision" in row}
+
+
+def test_it_is_logged_beside_the_loss_and_the_best_step_is_kept(recipe):
+    open_gate = ["--model.gate", "none", "--retention.max_drop", "1"]
+    run = train(recipe, [*WATCH, *open_gate])
+    front = json.loads((run / "front.json").read_text())
+    assert [point["step"] for point in front] == [4, 8]
+    rows = logged(run)
+    for point in front:
+        assert rows[point["step"]]["retention/vision"] == point["vision"]
+        assert rows[point["step"]]["retention/text"] == point["modes"]["text"]["delta"]
+    assert [point["best"] for point in front].count(True) == 1
+    best = next(point for point in front if point["best"])
+    assert best["vision"] == max(point["vision"] for point in front)
+    model, _ = mmpeft.load(run / "best")
+    assert model.config.gate == "none"
+
+
+def test_a_step_that_lost_too_much_is_not_kept(recipe, monkeypatch):
+    from mmpeft.retention.callback import RetentionCallback
+
+    monkeypatch.setattr(RetentionCallback, "within", lambda self, point: point["step"] == 4)
+    run = train(recipe, [*WATCH, "--model.gate", "none"])
+    front = json.loads((run / "front.json").read_text())
+    assert [point["best"] for point in front] == [True, False]
+
+
+@pytest.mark.parametrize(("upper", "steps"), [(-0.03, [4]), (-0.01, [4, 8])])
+def test_training_stops_when_a_loss_is_certain(recipe, monkeypatch, capsys, upper, steps):
+    from mmpeft.retention import callback
+
+    compare_sides = callback.compare_sides
+
+    def worse(*args, **kwargs):
+        found = compare_sides(*args, **kwargs)
+        found.modes["text"]["overall"] = {"delta": -0.04, "bounds95": [-0.05, upper], "n": 9}
+        return found
+
+    monkeypatch.setattr(callback, "compare_sides", worse)
+    run = train(recipe, [*WATCH, "--model.gate", "none", "--retention.stop", "true"])
+    assert [point["step"] for point in json.loads((run / "front.json").read_text())] == steps
+    assert ("certainly lost" in capsys.readouterr().err) == (steps == [4])
+    assert not (run / "best").exists()  # 4 points are more than max_drop
+
+
+def test_watching_changes_no_step_of_training(recipe):
+    held_out = [*WATCH[:2], "--retention.samples", "2", "--retention.vision_samples", "3"]
+    seldom = train(recipe, [*held_out, "--retention.every_steps", "100"])
+    often = train(recipe, [*WATCH, "--retention.every_steps", "1", "--output_dir",
+                           str(recipe.parent / "often")])  # fmt: skip
+    assert logged(often) and not logged(seldom)
+    for file in ("connector.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(run / "checkpoint" / file) for run in (seldom, often))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_held_out_rows_are_whole_groups_and_never_learned():
+    rows = [number // 3 for number in range(30)]
+    chosen = hold_out(Groups(), rows, 7, seed=0)
+    assert len(chosen) == 9  # three pictures of three rows
+    assert {rows[number] for number in chosen}.isdisjoint(
+        rows[number] for number in range(30) if number not in chosen
+    )
+    assert chosen == hold_out(Groups(), rows, 7, seed=0) != hold_out(Groups(), rows, 7, seed=1)
+    assert hold_out(Groups(), rows, 0, seed=0) == []
+    with pytest.raises(ValueError, match="nothing would be left"):
+        hold_out(Groups(), rows, 29, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--retention.every_steps", "0"], "every_steps is 0"),
+        (["--retention.max_drop", "-1"], "max_drop is -1"),
+        (["--retention.mdoes", "[text]"], "Did you mean 'modes'"),
+        (["--retention.every_steps", "1", "--instruct", "null"], "retention is about the adapter"),
+    ],
+)
+def test_a_bad_setting_is_named(recipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(recipe, options)
+
+
+def test_a_misspelt_suite_leaves_no_run_folder(recipe):
+    with pytest.raises(ValueError, match="Did you mean 'embedded'"):
+        train(recipe, [*WATCH, "--retention.suite", "embeded"])
+    assert not (recipe.parent / "run").exists()

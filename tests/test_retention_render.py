@@ -59,6 +59,15 @@ def test_estimated_retention_says_what_is_ruled_out():
     assert first.endswith("a loss of 2.5 points or more is ruled out")
 
 
+def test_a_one_sided_verdict_beside_a_two_sided_interval_says_so():
+    report = copy.deepcopy(_samples()["none"][0])
+    overall = report["modes"]["text"]["overall"]
+    overall |= {"delta": -0.017, "ci95": [-0.036, 0.002], "bounds95": [-0.033, -0.001]}
+    report["modes"]["text"]["verdict"] = "degraded"
+    first = render(report).splitlines()[0]
+    assert "(95% CI -3.6 to +0.2, one-sided at most -0.1)" in first
+
+
 @pytest.mark.parametrize("name", ["sample", "none", "bare"])
 def test_rows_come_worst_first_whatever_their_order(name):
     report = _samples()[name][0]

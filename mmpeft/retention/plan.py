@@ -65,11 +65,13 @@ class Batch:
         return [question for row in self.rows for question, _ in row.reads]
 
 
-def plan(questions: Sequence[Question], share: bool = True) -> list[Batch]:
+def plan(
+    questions: Sequence[Question], share: bool = True, behind_header: int = HEADER_SEQUENCES
+) -> list[Batch]:
     """Batches that answer every (distinct) question; the order given does not matter.
 
     With `share` off every sequence stands alone in its row, padded on the right: what any causal
-    model can run.
+    model can run. `behind_header` is the least number of sequences for which a header is taken out.
     """
     by_tokens: dict[Tokens, list[Question]] = {}
     for question in sorted(set(questions)):
@@ -78,7 +80,7 @@ def plan(questions: Sequence[Question], share: bool = True) -> list[Batch]:
         alone = sorted(by_tokens.values(), key=lambda own: -len(own[0].tokens))
         return _batches((), [_lay(Row(), own, (), ()) for own in alone])
     pools: dict[Tokens, list[list[Question]]] = {}
-    for header, members in _headers(sorted(by_tokens), by_tokens):
+    for header, members in _headers(sorted(by_tokens), by_tokens, behind_header):
         pools.setdefault(header, []).extend(by_tokens[tokens] for tokens in members)
     return [
         batch
@@ -87,12 +89,12 @@ def plan(questions: Sequence[Question], share: bool = True) -> list[Batch]:
     ]
 
 
-def _headers(tokens: list[Tokens], by_tokens: dict, depth: int = 0):
+def _headers(tokens: list[Tokens], by_tokens: dict, least: int, depth: int = 0):
     """Split sorted sequences into those behind one long common start and the rest: ().
 
     Goes down the tree of sequences until a node has a start worth taking out.
     """
-    if len(tokens) < HEADER_SEQUENCES:
+    if len(tokens) < least:
         yield (), tokens
         return
     # a header must end before the first answer token is predicted
@@ -104,7 +106,7 @@ def _headers(tokens: list[Tokens], by_tokens: dict, depth: int = 0):
         yield (), tokens
     else:
         for _, branch in groupby(tokens, key=lambda one: one[: depth + 1]):
-            yield from _headers(list(branch), by_tokens, depth + 1)
+            yield from _headers(list(branch), by_tokens, least, depth + 1)
 
 
 def shared(one: Tokens, other: Tokens) -> int:

@@ -124,8 +124,7 @@ class Suite:
             group = manager.task_index[name].cfg or {}
             parts = group.get("task")
             for part in parts if isinstance(parts, list) else ():
-                own = {} if isinstance(part, str) else group | part  # a task of its own has data
-                if own.get("dataset_path") or own.get("custom_dataset"):
+                if isinstance(part, dict) and _has_data(group | part):
                     continue
                 if (part if isinstance(part, str) else part.get("task")) not in known:
                     return False
@@ -270,12 +269,18 @@ def _value(value) -> float:
 
 def _inline(manager: TaskManager) -> dict[str, str]:
     """{task: the group whose file defines it}; lm-eval knows such tasks by their group only."""
-    return {
-        part["task"]: group
-        for group in manager.all_groups
-        for part in (manager.task_index[group].cfg or {}).get("task") or ()
-        if isinstance(part, dict) and "task" in part and part["task"] not in manager.all_tasks
-    }
+    found = {}
+    for name in manager.all_groups:
+        group = manager.task_index[name].cfg or {}
+        for part in group.get("task") or ():
+            if isinstance(part, dict) and _has_data(group | part):
+                found[part["task"]] = name
+    return found
+
+
+def _has_data(config: dict) -> bool:
+    """It defines a task, and does not only name one that is defined elsewhere."""
+    return bool(config.get("dataset_path") or config.get("custom_dataset"))
 
 
 def short(task: str) -> str:

@@ -79,6 +79,8 @@ def headline(mode: dict, margin: float) -> str:
         return f"{word} by proof: {BY_PROOF}"
     low, high = overall["ci95"]
     ends = f"95% CI {points(low)} to {points(high)}"
+    if mode["verdict"] == "degraded" and high >= 0:  # the verdict is one-sided, the interval not
+        ends += f", one-sided at most {points(overall['bounds95'][1])}"
     return f"{word} {points(overall['delta'])} points ({ends}): {claim}"
 
 

@@ -22,7 +22,7 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
     from mmpeft.encoder import weights_hash
 
     encoder = vision_encoder.build()
-    llm = _load_language_model(**language_model)
+    llm = load_language_model(**language_model)
     module = connector.build(encoder.hidden_size, llm.config.hidden_size)
     # peft and transformers write this name into what they save: not the path it resolved to
     llm.name_or_path = llm.config._name_or_path = language_model["name"]
@@ -44,7 +44,7 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
     return cls(config, encoder, module, llm).eval()
 
 
-def _load_language_model(name: str, revision: str | None, dtype: str):
+def load_language_model(name: str, revision: str | None, dtype: str):
     from transformers import AutoModelForCausalLM
 
     from mmpeft.starter import resolve

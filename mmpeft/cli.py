@@ -256,9 +256,7 @@ def _scales(given: str | None) -> list[float] | None:
     try:
         return given and [float(scale) for scale in given.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--scales {given}: give numbers with commas between, as 0,0.5,1"
-        ) from None
+        raise ValueError(f"--scales {given}: give numbers and commas, as 0,0.5,1") from None
 
 
 def _ask(arguments):

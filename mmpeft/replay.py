@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 
-from mmpeft.checkpoint import _load_language_model
+from mmpeft.checkpoint import load_language_model
 from mmpeft.starter import resolve
 
 SENTINEL = "xMMPEFTx"  # user content that shows where a chat template puts it
@@ -106,7 +106,7 @@ def describe(dropped: dict[str, int]) -> str:
 
 def load_writer(llm: str, dtype: str, max_new_tokens: int, temperature: float):
     """The LLM, set to draw from its own distribution, and its tokenizer."""
-    model = _load_language_model(llm, None, dtype).eval()
+    model = load_language_model(llm, None, dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(resolve(llm), padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, its id never matters

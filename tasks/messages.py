@@ -9,6 +9,9 @@ Each line is ``{"messages": [...]}`` with the roles and typed parts of transform
 
 Image paths are relative to the file. Alternatively parts say only ``{"type": "image"}`` and the
 line has ``"images": [...]``, one for each part in reading order.
+
+A last assistant message with ``"unfinished": true`` was cut by a limit (``mmpeft replay`` writes
+such): its words are learned, the end of the turn behind them is not.
 """
 
 import json

@@ -64,7 +64,7 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(run, capsys, arguments, messa
     assert last.startswith("mmpeft: error: ") and message in last
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "retain", "ask", "chat", "starter"])
+@pytest.mark.parametrize("name", ["train", "eval", "retain", "replay", "ask", "chat", "starter"])
 def test_help_teaches(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
@@ -78,3 +78,39 @@ def test_help_is_instant():
         capture_output=True, text=True, check=True,
     ).stderr  # fmt: skip
     assert not any(f" {m}\n" in slow for m in ("torch", "transformers", "peft", "timm"))
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "verdicts", "code"),
+    [
+        ([], ["degraded"], 0),
+        (["--fail-on", "degraded"], ["retained", "inconclusive"], 0),
+        (["--fail-on", "degraded"], ["retained", "degraded"], 1),
+        (["--fail_on", "inconclusive"], ["retained", "inconclusive"], 1),
+        (["--fail_on", "inconclusive"], ["degraded"], 1),
+    ],
+)
+def test_a_verdict_can_fail_a_pipeline(monkeypatch, capsys, fail_on, verdicts, code):
+    import mmpeft.retention.report as report
+    import mmpeft.retention.terminal as terminal
+
+    modes = {str(i): {"verdict": verdict} for i, verdict in enumerate(verdicts)}
+    monkeypatch.setattr(report, "retain_pair", lambda *args, **options: {"modes": modes})
+    monkeypatch.setattr(terminal, "render", lambda report: "")
+    found, _, err = command("retain", "--base", "a", "--tuned", "b", *fail_on, capsys=capsys)
+    assert found == code and not err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a RUN, or both --base and --tuned"),
+        (["run", "--base", "a"], "give a RUN, or both"),
+        (["--base", "a"], "give a RUN, or both"),
+        (["--base", "a", "--tuned", "b", "--scales", "0,1"], "--scales needs a RUN"),
+        (["run", "--scales", "0;1"], "give numbers and commas"),
+    ],
+)
+def test_retain_says_what_it_needs(capsys, arguments, message):
+    code, out, err = command("retain", *arguments, capsys=capsys)
+    assert code == 2 and not out and message in err

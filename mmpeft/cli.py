@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(evaluate)
 
     retain = command(
-        "retain", _retain, "measure what the LLM's text skills lost against its own base",
+        "retain", _retain, "measure what an LLM's text skills lost in tuning",
         example="examples:\n"
         "  mmpeft retain runs/quickstart\n"
         "  mmpeft retain runs/quickstart --modes with_image after_image --fail_on degraded\n"
@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  mmpeft retain --base lmsys/vicuna-7b-v1.5 --tuned llava-hf/llava-1.5-7b-hf\n\n"
         "Modes: text, no picture; with_image, each task after an irrelevant photograph;\n"
         "after_image, each task as the second turn after an exchange about an image.\n"
-        "The report lands in RUN/retain (or --output): report.json, .txt, .html, items.jsonl.",
+        "The report lands in RUN/retain, of --base and --tuned in ./retain, or in --output:\n"
+        "report.json, report.txt, report.html, items.jsonl.",
     )  # fmt: skip
     retain.add_argument("run", metavar="RUN", nargs="?", help="run or checkpoint folder")
     retain.add_argument("--base", metavar="LLM", help="instead of RUN: the LLM as it was")
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     retain.add_argument(
         "--dtype", default="auto", help="floating type of --base and --tuned (as saved)"
     )
-    retain.add_argument("--output", metavar="DIR", help="folder of the report (RUN/retain)")
+    retain.add_argument("--output", metavar="DIR", help="folder of the report (see below)")
     retain.add_argument(
         "--fail-on", "--fail_on", choices=("degraded", "inconclusive"), dest="fail_on",
         help="exit code 1 if a mode measured is that, or worse",
@@ -231,6 +232,11 @@ def _retain(arguments):
     if scales is not None and arguments.run is None:
         raise ValueError("--scales needs a RUN: the dial scales a bridge's adapter.")
 
+    if arguments.dtype != "auto" and arguments.run is not None:
+        raise ValueError("--dtype is for --base and --tuned; a RUN has its own.")
+    if arguments.tasks and arguments.suite != "embedded":
+        raise ValueError("give --suite or --tasks, not both.")
+
     from mmpeft.cache import cache_home
     from mmpeft.retention import render, retain_pair, retain_run
 
@@ -242,6 +248,7 @@ def _retain(arguments):
         "cache": None if arguments.no_cache else cache_home() / "retention",
     }  # fmt: skip
     if arguments.run is None:
+        options["output"] = options["output"] or "retain"
         report = retain_pair(*pair, dtype=arguments.dtype, **options)
     else:
         task = _run_task(arguments.run, arguments.task)

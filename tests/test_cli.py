@@ -109,6 +109,8 @@ def test_a_verdict_can_fail_a_pipeline(monkeypatch, capsys, fail_on, verdicts, c
         (["--base", "a"], "give a RUN, or both"),
         (["--base", "a", "--tuned", "b", "--scales", "0,1"], "--scales needs a RUN"),
         (["run", "--scales", "0;1"], "give numbers and commas"),
+        (["run", "--dtype", "float32"], "--dtype is for --base and --tuned"),
+        (["run", "--suite", "standard", "--tasks", "piqa"], "not both"),
     ],
 )
 def test_retain_says_what_it_needs(capsys, arguments, message):

@@ -744,3 +744,10 @@ def test_a_task_can_be_named_out_of_the_suite_that_defines_it():
     assert sorted(suite.kinds) == ["facts", "reading"]
     with pytest.raises(ValueError, match="Did you mean 'reading'"):
         Suite("readng")
+
+
+@pytest.mark.parametrize("margin", [0, -0.03, 1])
+def test_a_margin_that_means_nothing_is_refused_before_anything_runs(tiny, images, margin):
+    rows = [[user(images[0], "What?"), assistant("A hat.")]]
+    with pytest.raises(ValueError, match="give a loss above 0"):
+        retain(*tiny, image_prompts=rows, irrelevant_image=images[1], margin=margin, modes=["nope"])

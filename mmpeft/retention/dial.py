@@ -48,8 +48,7 @@ def turn(
     Raises:
         ValueError: no scales, one below 0, or an adapter that is not LoRA.
     """
-    if not scales or not all(0 <= scale < math.inf for scale in scales):
-        raise ValueError(f"--scales {list(scales)}: give scales of 0 or more, for example 0,0.5,1")
+    check_scales(scales)
     stores = {"base": Store(cache, BridgeSides(model, processor).setting("base"))}
     points = []
     for scale in tqdm(sorted(set(scales)), desc="dial", unit="scale"):
@@ -72,3 +71,9 @@ def turn(
 
 def _retained(modes: dict) -> bool:
     return all(body is not None and body["verdict"] == "retained" for body in modes.values())
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise ValueError unless there are scales, all of them finite and 0 or more."""
+    if not scales or not all(0 <= scale < math.inf for scale in scales):
+        raise ValueError(f"--scales {list(scales)}: give scales of 0 or more, for example 0,0.5,1")

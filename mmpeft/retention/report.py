@@ -83,6 +83,8 @@ def retain(
             "image_prompts is empty: without an image nobody can tell an unchanged model from an "
             "adapter that is switched off. Pass the messages of a few rows of a vision task."
         )
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin}: give a loss above 0 and below 1 (100 points)")
     modes = check_modes(modes, sides)
     questions = Suite(suite, suite_folder, samples, seed, data_dir)  # fails at once if misspelt
     names = {side: sides.identity(side) for side in ("base", "bridge")}
@@ -161,6 +163,10 @@ def retain_run(
         output: where to write instead of `RUN/retain`; a bare checkpoint is left as it is.
         suite, suite_folder, data_dir, modes, samples, margin, cache: see :func:`retain`.
     """
+    from mmpeft.retention.dial import check_scales, turn
+
+    if scales is not None:
+        check_scales(scales)
     rows = task.rows("test")
     chosen = random.Random(seed).sample(range(len(rows)), min(IMAGE_PROMPTS, len(rows)))
     image_prompts = [task.messages(rows[number]) for number in chosen]
@@ -171,19 +177,19 @@ def retain_run(
         irrelevant_image=picture, suite=suite, suite_folder=suite_folder, data_dir=data_dir,
         modes=modes, samples=samples, seed=seed, margin=margin, cache=cache,
     )  # fmt: skip
+    if output is None and find_checkpoint(run) != Path(run):
+        output = Path(run) / "retain"
+    if output is not None:
+        write(report, items, output)
     if scales is not None:
-        from mmpeft.retention.dial import turn
-
         pictures = photographs(picture)
         report["dial"] = turn(
             model, processor, task, scales, Suite(suite, suite_folder, samples, seed, data_dir),
             {mode: exchanges_of(mode, pictures, image_prompts) for mode in report["modes"]},
             seed=seed, margin=margin, cache=cache,
         )  # fmt: skip
-    if output is None and find_checkpoint(run) != Path(run):
-        output = Path(run) / "retain"
-    if output is not None:
-        write(report, items, output)
+        if output is not None:
+            write(report, items, output)  # again, with the dial
     return report
 
 

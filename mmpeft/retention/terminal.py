@@ -30,7 +30,7 @@ all: the judgeable tasks of a mode, pooled; the verdict on top is theirs
 
 
 def render(report: dict) -> str:
-    """The report ("mmpeft.retain/2", fields: docs/json.md) as text that ends in a newline."""
+    """The report ("mmpeft.retain/2", fields: tasks/retention/README.md), ending in a newline."""
     sections = [
         [f"{mode}: {headline(body, report['margin'])}" for mode, body in report["modes"].items()],
         not_everywhere(report),

@@ -20,5 +20,5 @@ class LinearConnector(Connector):
         super().__init__(config, vision_size, llm_size)
         self.linear = nn.Linear(vision_size, llm_size)
 
-    def project(self, features, grid):
+    def project(self, features, grid, instruction=None):
         return self.linear(features)

@@ -29,5 +29,5 @@ class MLPConnector(Connector):
             nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, llm_size)
         )
 
-    def project(self, features, grid):
+    def project(self, features, grid, instruction=None):
         return self.layers(features)

@@ -28,14 +28,25 @@ class ConnectorConfig:
 
 
 class Connector(nn.Module):
-    """Patch features ``(B, P, D_vision)`` to LLM embeddings ``(B, N, D_llm)``.
+    """Encoder features ``(B, K + P, D_vision)`` to LLM embeddings ``(B, N, D_llm)``.
 
-    A subclass writes ``project`` and, when N differs from P, ``num_image_tokens``.
+    P = h * w patch features in row-major order over ``grid = (h, w)``, behind K prefix tokens
+    (class token, registers; 0 unless the encoder is told to keep them). A subclass writes
+    ``project`` and, when N differs from K + P or the result is no map, the two methods above it.
+
+    Attributes:
+        frozen: keys of the state dict that never train and are not saved with the connector (a
+            pretrained Q-Former, say); their source is named in the config, their hash is checked.
+        instruction_tokenizer: name or directory of the tokenizer whose ids ``project`` wants as
+            ``instruction``; ``None`` for a connector that does not look at the text.
 
     Buffers (saved with the weights; set once by :meth:`calibrate`):
         feature_mean, feature_std: ``(D_vision,)``, of the frozen features over the training data.
         output_scale: scalar that puts the first outputs on the scale of the LLM's embeddings.
     """
+
+    frozen: frozenset[str] = frozenset()
+    instruction_tokenizer: str | None = None
 
     def __init__(self, config: ConnectorConfig, vision_size: int, llm_size: int):
         super().__init__()
@@ -44,22 +55,33 @@ class Connector(nn.Module):
         self.register_buffer("feature_std", torch.ones(vision_size))
         self.register_buffer("output_scale", torch.ones(()))
 
-    def num_image_tokens(self, grid: tuple[int, int]) -> int:
-        """N, known before anything runs."""
-        return grid[0] * grid[1]
+    def num_image_tokens(self, grid: tuple[int, int], num_prefix_tokens: int = 0) -> int:
+        """N, known before anything runs.
 
-    def project(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Standardised ``(B, P, D_vision)`` to ``(B, N, D_llm)``."""
+        Raises:
+            ValueError: this connector cannot serve such a grid, or wants no prefix tokens.
+        """
+        return num_prefix_tokens + grid[0] * grid[1]
+
+    def output_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """``(rows, columns)`` when the N outputs are a map in row-major order, else ``None``."""
+        return grid
+
+    def project(self, features: Tensor, grid: tuple[int, int], instruction=None) -> Tensor:
+        """Standardised ``(B, K + P, D_vision)`` to ``(B, N, D_llm)``.
+
+        ``instruction`` is ``{"input_ids", "attention_mask"}``, each ``(B, T)``, or ``None``.
+        """
         raise NotImplementedError
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, features: Tensor, grid: tuple[int, int], instruction=None) -> Tensor:
         features = features.to(self.feature_mean.dtype)
-        features = (features - self.feature_mean) / self.feature_std  # (B, P, D_vision)
-        return self.project(features, grid) * self.output_scale  # (B, N, D_llm)
+        features = (features - self.feature_mean) / self.feature_std  # (B, K + P, D_vision)
+        return self.project(features, grid, instruction) * self.output_scale  # (B, N, D_llm)
 
     @torch.no_grad()
     def calibrate(self, features: Tensor, grid: tuple[int, int], embedding_std: float) -> None:
-        """Set the buffers from a sample of frozen features ``(M, P, D_vision)``.
+        """Set the buffers from a sample of frozen features ``(M, K + P, D_vision)``.
 
         ``embedding_std`` is the standard deviation of the LLM's token embeddings.
         """
@@ -71,3 +93,13 @@ class Connector(nn.Module):
             self.feature_std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
         self.output_scale.fill_(1.0)
         self.output_scale.fill_(embedding_std / self.forward(features, grid).std().item())
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As upstream, but what is ``frozen`` stays so."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in self.frozen)
+        return self
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the state dict without the ``frozen`` entries."""
+        return {k: v for k, v in self.state_dict().items() if k not in self.frozen}

@@ -9,7 +9,7 @@ from mmpeft.connector import Connector, ConnectorConfig
 
 @dataclass
 class LinearConnectorConfig(ConnectorConfig):
-    """N = P tokens; D_vision * D_llm + D_llm parameters."""
+    """N = K + P tokens; D_vision * D_llm + D_llm parameters."""
 
     def build(self, vision_size, llm_size):
         return LinearConnector(self, vision_size, llm_size)

@@ -9,7 +9,7 @@ from mmpeft.connector import Connector, ConnectorConfig
 
 @dataclass
 class MLPConnectorConfig(ConnectorConfig):
-    """N = P tokens; (D_vision + 1) * hidden + (hidden + 1) * D_llm parameters.
+    """N = K + P tokens; (D_vision + 1) * hidden + (hidden + 1) * D_llm parameters.
 
     Attributes:
         hidden_size: width between the layers; ``None`` is the LLM's hidden size, as in LLaVA-1.5.

@@ -5,6 +5,10 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# what peft adapts by default, for LLMs that it has no entry for: query and value, or all in one
+ATTENTION = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
 
 def attach_adapter(language_model: nn.Module, adapter):
@@ -12,7 +16,8 @@ def attach_adapter(language_model: nn.Module, adapter):
 
     Args:
         adapter: a peft config. ``target_modules`` may be peft's own default (``None``), names
-            like ``q_proj``, a regular expression, or ``"all-linear"``.
+            like ``q_proj``, a regular expression, or ``"all-linear"``. GPT-2's ``Conv1D`` layers
+            count as linear.
 
     Raises:
         ValueError: a target names no linear layer of this LLM.
@@ -21,7 +26,12 @@ def attach_adapter(language_model: nn.Module, adapter):
 
     if hasattr(adapter, "target_modules"):
         adapter.target_modules = resolve_targets(language_model, adapter.target_modules)
-    adapter.task_type = adapter.task_type or "CAUSAL_LM"
+        layers = [language_model.get_submodule(name) for name in adapter.target_modules]
+        if hasattr(adapter, "fan_in_fan_out") and all(isinstance(x, Conv1D) for x in layers):
+            adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
+    # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
+    causal = adapter.task_type or "CAUSAL_LM"
+    adapter.task_type = None if language_model.config.model_type == "mpt" else causal
     return get_peft_model(language_model, adapter)
 
 
@@ -33,16 +43,17 @@ def resolve_targets(language_model: nn.Module, targets) -> list[str]:
     linear = [
         name
         for name, module in language_model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
     if targets is None:
-        model_type = language_model.config.model_type
-        if model_type not in DEFAULTS:
+        model_type, parts = language_model.config.model_type, _last_parts(linear)
+        usual = next((names for names in ATTENTION if set(names) <= set(parts)), None)
+        targets = DEFAULTS.get(model_type, usual)
+        if targets is None:
             raise ValueError(
                 f"peft has no default targets for {model_type!r}; set target_modules to some of "
-                f"{_last_parts(linear)}."
+                f"{parts}."
             )
-        targets = DEFAULTS[model_type]
     if targets == "all-linear":
         return linear
     if isinstance(targets, str):

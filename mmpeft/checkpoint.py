@@ -5,25 +5,33 @@ A checkpoint is a folder: ``config.json`` (parts by name, identities of the froz
 frozen weights are never in it; they are found by name and must hash to what was trained on.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
-import torch
+from mmpeft.language_model import embedding_size, load_language_model
 
 CONNECTOR_FILE = "connector.safetensors"
 ADAPTER_FOLDER = "adapter"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate: str):
-    """Build the parts and put them together; ``cls`` is the bridge's model class."""
+def assemble(
+    cls, vision_encoder, connector, language_model: dict, adapter, gate: str, resolution=None,
+    new: bool = True,
+):  # fmt: skip
+    """Build the parts and put them together; ``cls`` is the bridge's model class.
+
+    Only a ``new`` bridge reads the weights its connector starts from.
+    """
     from mmpeft.adapters import attach_adapter
     from mmpeft.config import to_spec
-    from mmpeft.encoder import weights_hash
 
     encoder = vision_encoder.build()
     llm = load_language_model(**language_model)
-    module = connector.build(encoder.hidden_size, llm.config.hidden_size)
+    module = connector.build(encoder.hidden_size, embedding_size(llm))
+    if new:
+        module.initialize()
     # peft and transformers write this name into what they save: not the path it resolved to
     llm.name_or_path = llm.config._name_or_path = language_model["name"]
     config = cls.config_class(
@@ -32,11 +40,8 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
         vision_encoder=to_spec(vision_encoder),
         connector=to_spec(connector),
         gate=gate,
-        num_image_tokens=module.num_image_tokens(encoder.grid),
-        identities={
-            "vision_encoder": {"name": vision_encoder.name, "sha256": weights_hash(encoder)},
-            "language_model": {"name": language_model["name"], "sha256": weights_hash(llm)},
-        },
+        resolution=None if resolution is None else dataclasses.asdict(resolution),
+        identities=_identities(vision_encoder.name, encoder, module, language_model["name"], llm),
     )
     llm.requires_grad_(False)
     if adapter is not None:
@@ -44,21 +49,21 @@ def assemble(cls, vision_encoder, connector, language_model: dict, adapter, gate
     return cls(config, encoder, module, llm).eval()
 
 
-def load_language_model(name: str, revision: str | None, dtype: str):
-    from transformers import AutoModelForCausalLM
+def _identities(encoder_name, encoder, connector, llm_name, llm) -> dict:
+    """Name and hash of everything that is frozen, and so not in the checkpoint."""
+    from mmpeft.encoder import weights_hash
 
-    from mmpeft.starter import resolve
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(name), revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"language_model {name!r} cannot be loaded: it is no local model directory, no starter "
-            f"model and cannot be had from the hub ({reason})"
-        ) from error
+    parts = {
+        "vision_encoder": (encoder_name, encoder.state_dict()),
+        "language_model": (llm_name, llm.state_dict()),
+    }
+    if connector.frozen:
+        state = connector.state_dict()
+        frozen = {key: state[key] for key in connector.frozen}
+        parts["connector"] = (connector.frozen_source, frozen)
+    return {
+        part: {"name": name, "sha256": weights_hash(state)} for part, (name, state) in parts.items()
+    }
 
 
 def save(model, directory) -> None:
@@ -68,7 +73,7 @@ def save(model, directory) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(directory)
-    connector = {k: v.contiguous().cpu() for k, v in model.connector.state_dict().items()}
+    connector = {k: v.contiguous().cpu() for k, v in model.connector.trained_state().items()}
     save_file(connector, directory / CONNECTOR_FILE, metadata={"format": "pt"})
     if hasattr(model.language_model, "peft_config"):
         # "auto" would look the base up on the hub to see whether embeddings changed; ours never do
@@ -91,6 +96,7 @@ def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool =
     from mmpeft.config import from_spec
     from mmpeft.connector import ConnectorConfig
     from mmpeft.encoder import VisionEncoderConfig
+    from mmpeft.layout import ResolutionConfig
 
     config = cls.config_class.from_pretrained(directory)
     language_model = dict(config.language_model)
@@ -103,7 +109,10 @@ def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool =
         language_model,
         _adapter_config(directory),
         config.gate,
+        None if config.resolution is None else ResolutionConfig(**config.resolution),
+        new=False,
     )
+    model.config.processor = config.processor
     for part, trained_on in config.identities.items():
         found = model.config.identities[part]
         if found["sha256"] != trained_on["sha256"]:
@@ -128,8 +137,8 @@ def load_trained(model, directory) -> None:
 
     directory = Path(directory)
     state = load_file(directory / CONNECTOR_FILE)
-    _require_same_keys(state, model.connector.state_dict(), directory / CONNECTOR_FILE)
-    model.connector.load_state_dict(state)
+    _require_same_keys(state, model.connector.trained_state(), directory / CONNECTOR_FILE)
+    model.connector.load_state_dict(state, strict=False)  # the frozen keys are in place already
     adapter_file = directory / ADAPTER_FOLDER / "adapter_model.safetensors"
     has_adapter = hasattr(model.language_model, "peft_config")
     if adapter_file.is_file() != has_adapter:

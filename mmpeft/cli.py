@@ -9,7 +9,7 @@ import warnings
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2."""
     arguments, rest = build_parser().parse_known_args(argv)
-    if rest and arguments.command is not _train:
+    if rest and arguments.command not in (_train, _plan):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     # peft asks transformers by a name that the latter renamed; nothing a user could do about it
@@ -54,6 +54,37 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
+    plan = command(
+        "plan", _plan, "print what a recipe builds and trains, without its weights",
+        example="examples:\n"
+        "  mmpeft plan configs/llava_v1_5.yaml\n"
+        "  mmpeft plan configs/llava_v1_5.yaml --model.language_model lmsys/vicuna-13b-v1.5\n"
+        "  mmpeft plan configs/siglip_smollm2.yaml --model.resolution.max_area 4 --json\n\n"
+        "Parameters of each part and the share that each stage trains, the tokens a picture takes\n"
+        "at every size, and the memory of weights, gradients and optimizer. Only the config files\n"
+        "of hub models are read, from the hub's cache when it has them; starter models are\n"
+        "fetched. Any key of the recipe can be given as --key value.",
+    )  # fmt: skip
+    plan.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
+    _add_json(plan)
+
+    imported = command(
+        "import", _import, "make a bridge of a published LLaVA, BLIP-2 or InstructBLIP checkpoint",
+        example="examples:\n"
+        "  mmpeft import llava-hf/llava-1.5-7b-hf --output llava --dtype bfloat16\n"
+        "  mmpeft eval llava --task easy_vqa\n"
+        '  mmpeft ask llava --image cat.jpg "What is this?"\n\n'
+        "Checkpoints in transformers' format with safetensors and a decoder LLM. Only connector,\n"
+        "config and processor are written: vision tower and LLM stay in CHECKPOINT.",
+    )  # fmt: skip
+    imported.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or hub name")
+    imported.add_argument("--output", metavar="FOLDER", required=True, help="folder to write")
+    imported.add_argument("--revision", help="revision on the hub")
+    imported.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="floating type of the frozen parts (float32)",
+    )  # fmt: skip
 
     evaluate = command(
         "eval", _eval, "score a run on a vision task, beside its controls",
@@ -207,6 +238,33 @@ def _train(arguments):
     from mmpeft.train import train
 
     print(train(arguments.recipe, arguments.overrides, arguments.resume))
+
+
+def _plan(arguments):
+    from mmpeft.plan import plan, render
+
+    report = plan(arguments.recipe, arguments.overrides)
+    _show(arguments, report, render(report))
+
+
+def _import(arguments):
+    from pathlib import Path
+
+    from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
+    from mmpeft.adapters import freeze_plan, render_freeze_plan
+
+    name, output = arguments.checkpoint, Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists already; choose another folder.")
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # the bridge is to find it from anywhere
+    model = BridgeForConditionalGeneration.from_hf(
+        name, dtype=arguments.dtype, revision=arguments.revision
+    )
+    model.save_pretrained(output)
+    BridgeProcessor.from_model(model).save_pretrained(output)
+    print(render_freeze_plan(freeze_plan(model)))
+    print(output)
 
 
 def _eval(arguments):

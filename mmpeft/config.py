@@ -21,6 +21,7 @@ import mmpeft.connectors
 import mmpeft.tasks  # noqa: F401 (importing them makes their classes known by short name)
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
+from mmpeft.layout import ResolutionConfig
 from mmpeft.task import Task
 
 
@@ -36,6 +37,8 @@ class ModelConfig:
         dtype: floating type of the frozen language model.
         adapter: peft config for the language model; null trains the connector alone.
         gate: where the adapter acts: none (everywhere) or sample (only rows with an image).
+        resolution: how the size and shape of a picture are served, and its budget of tokens.
+        chat_template: packaged chat template or a jinja file; null takes the language model's own.
     """
 
     vision_encoder: VisionEncoderConfig
@@ -45,6 +48,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     adapter: PeftConfig | None = None
     gate: Literal["none", "sample"] = "none"
+    resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
+    chat_template: str | None = None
 
 
 @dataclass
@@ -53,6 +58,8 @@ class DataConfig:
 
     Attributes:
         task: the task whose train split is used.
+        align: the task of stage align where it is another (captions before chats, as in LLaVA);
+            null is task.
         max_length: longest sample in tokens; null is the language model's context. Longer chats
             are an error, never cut.
         chats_per_sample: chats about one image that share its tokens in one training row.
@@ -63,6 +70,7 @@ class DataConfig:
     """
 
     task: Task
+    align: Task | None = None
     max_length: int | None = None
     chats_per_sample: int = 1
     replay: Task | None = None
@@ -215,7 +223,9 @@ def _explain(message: str) -> str:
     """jsonargparse's error in one line, with the nearest valid key or class."""
     if found := _UNKNOWN_KEY.search(message):
         key = next(filter(None, found.groups()))
-        ours = _keys(RunConfig, ModelConfig, DataConfig, StageConfig, RetentionConfig)
+        ours = _keys(
+            RunConfig, ModelConfig, ResolutionConfig, DataConfig, StageConfig, RetentionConfig
+        )
         every = _keys(*_all_parts())
         wrong = next((part for part in key.split(".") if part not in ours | every), key)
         near_ours = difflib.get_close_matches(wrong, ours, n=1, cutoff=0.7)
@@ -239,6 +249,7 @@ _BASES = {
     "connector": ConnectorConfig,
     "adapter": PeftConfig,
     "task": Task,
+    "align": Task,
     "replay": Task,
 }
 
@@ -271,12 +282,18 @@ def task_of_run(run) -> Task | None:
 
 
 def to_spec(part) -> dict:
-    """A part's config as ``{"class_path", "init_args"}``."""
+    """A part's config as ``{"class_path", "init_args"}``, parts within it likewise."""
     cls = type(part)
     return {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": dataclasses.asdict(part),
+        "init_args": {f.name: _plain(getattr(part, f.name)) for f in dataclasses.fields(part)},
     }
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return to_spec(value)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_spec(spec: dict, base: type):
@@ -300,4 +317,10 @@ def from_spec(spec: dict, base: type):
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(spec["init_args"]) - known):
         raise ValueError(f"the checkpoint sets unknown options {unknown} of {path}.")
-    return cls(**spec["init_args"])
+    return cls(**{name: _built(value, base) for name, value in spec["init_args"].items()})
+
+
+def _built(value, base: type):
+    if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
+        return from_spec(value, base)
+    return [_built(one, base) for one in value] if isinstance(value, list) else value

@@ -36,9 +36,11 @@ class Connector(nn.Module):
 
     Attributes:
         frozen: keys of the state dict that never train and are not saved with the connector (a
-            pretrained Q-Former, say); their source is named in the config, their hash is checked.
-        instruction_tokenizer: name or directory of the tokenizer whose ids ``project`` wants as
-            ``instruction``; ``None`` for a connector that does not look at the text.
+            pretrained Q-Former, say); a bridge loads only where their hash is the same.
+        frozen_source: name or directory that the frozen weights come from.
+        instruction_tokenizer: arguments of ``AutoTokenizer.from_pretrained`` for the tokenizer
+            whose ids ``project`` wants as ``instruction``; ``None`` for a connector that does not
+            look at the text.
 
     Buffers (saved with the weights; set once by :meth:`calibrate`):
         feature_mean, feature_std: ``(D_vision,)``, of the frozen features over the training data.
@@ -46,7 +48,8 @@ class Connector(nn.Module):
     """
 
     frozen: frozenset[str] = frozenset()
-    instruction_tokenizer: str | None = None
+    frozen_source: str | None = None
+    instruction_tokenizer: dict[str, str] | None = None
 
     def __init__(self, config: ConnectorConfig, vision_size: int, llm_size: int):
         super().__init__()
@@ -54,6 +57,18 @@ class Connector(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(vision_size))
         self.register_buffer("feature_std", torch.ones(vision_size))
         self.register_buffer("output_scale", torch.ones(()))
+        self.register_parameter("newline", None)
+
+    def add_newline(self) -> None:
+        """Give the connector a learned embedding ``(D_llm,)`` that ends a row of tokens."""
+        self.newline = nn.Parameter(torch.zeros(self.llm_size))
+
+    def initialize(self) -> None:
+        """Read the weights a new bridge starts from, where the config names a source.
+
+        Called once, on a bridge that is new; a loaded one has its weights from the checkpoint, and
+        the source may be gone. ``frozen`` weights are in no checkpoint: ``build`` reads those.
+        """
 
     def num_image_tokens(self, grid: tuple[int, int], num_prefix_tokens: int = 0) -> int:
         """N, known before anything runs.
@@ -93,6 +108,8 @@ class Connector(nn.Module):
             self.feature_std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
         self.output_scale.fill_(1.0)
         self.output_scale.fill_(embedding_std / self.forward(features, grid).std().item())
+        if self.newline is not None:
+            self.newline.normal_(std=embedding_std)
 
     def requires_grad_(self, requires_grad: bool = True):
         """As upstream, but what is ``frozen`` stays so."""

@@ -11,9 +11,10 @@ limit: its words are learned, the end of turn that the template puts behind them
 import random
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from mmpeft.images import load_image
+from mmpeft.model import IMAGE_INPUTS
 from mmpeft.task import Task
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,15 +23,16 @@ ROLES = ("system", "user", "assistant", "tool")
 class ConversationDataset(Dataset):
     """Samples of a task's split; one sample is up to ``chats_per_sample`` chats of one group.
 
-    At least ``held_out`` rows, drawn with ``seed``, are left out; their numbers are in the
-    attribute of that name.
+    Chats that share a prefix may be ``branch_limit`` tokens long, see
+    :func:`mmpeft.language_model.branch_limit`. At least ``held_out`` rows, drawn with ``seed``,
+    are left out; their numbers are in the attribute of that name.
     """
 
     def __init__(
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
-        seed: int = 0,
+        seed: int = 0, branch_limit: int | None = None,
     ):  # fmt: skip
-        self.task, self.processor = task, processor
+        self.task, self.processor, self.branch_limit = task, processor, branch_limit
         self.rows = task.rows(split)
         self.held_out = hold_out(task, self.rows, held_out, seed)
         self.samples = _grouped(task, self.rows, chats_per_sample, set(self.held_out))
@@ -39,36 +41,41 @@ class ConversationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        encoded, images, where = [], None, ""
+        encoded, pictures, where = [], None, ""
         for number in self.samples[index]:
             where = self.task.where(self.rows[number], number)
-            row, own_images = self._encode(self.rows[number], where)
+            row, own = self._encode(self.rows[number], where)
             encoded.append(row)
-            if images is not None and own_images != images:
+            if pictures is not None and [p.source for p in own] != [p.source for p in pictures]:
                 raise ValueError(
                     f"{where}: its group has rows with other images; rows of one group must share "
                     "theirs (see Task.group), or set chats_per_sample: 1."
                 )
-            images = own_images
+            pictures = own
+        longest = max(len(row["input_ids"]) for row in encoded)
+        if len(encoded) > 1 and self.branch_limit is not None and longest > self.branch_limit:
+            raise ValueError(
+                f"{where}: a chat of {longest} tokens is longer than the window of "
+                f"{self.branch_limit} that this language model attends to, so it cannot share a "
+                "prefix; set data.chats_per_sample: 1."
+            )
         sample = share_prefix(encoded)
-        if images:
-            loaded = [load_image(image, f"{where}: image {n}") for n, image in enumerate(images, 1)]
-            processed = self.processor.image_processor(loaded, return_tensors="pt")
-            sample["pixel_values"] = processed["pixel_values"]
+        if pictures:
+            sample |= self.processor.image_inputs(pictures, f"{where}: ")
         return sample
 
     def _encode(self, row, where):
         messages = self.task.messages(row)
         check_chat(messages, where)
         try:
-            encoded, images = self.processor.encode_chat(messages)
+            encoded, pictures = self.processor.encode_chat(messages)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if messages[-1].get("unfinished"):
             leave_open(encoded["labels"], self.processor.tokenizer)
         if all(label == -100 for label in encoded["labels"]):
             raise ValueError(f"{where}: the chat has no assistant token to learn from.")
-        return encoded, images
+        return encoded, pictures
 
 
 def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
@@ -201,7 +208,21 @@ class Collator:
             batch["attention_mask"] = visible.tril()[:, None]  # (B, 1, T, T)
         else:
             batch["attention_mask"] = (branch != -2).long()  # (B, T)
-        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if images:
-            batch["pixel_values"] = torch.cat(images)
-        return batch
+        return batch | join_images(samples)
+
+
+def join_images(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """The image inputs of all samples that have any, padded with 0 to a common size."""
+    images = [sample for sample in samples if "pixel_values" in sample]
+    joined = {}
+    for key in [k for k in IMAGE_INPUTS if images and k in images[0]]:
+        parts = [sample[key] for sample in images]
+        shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        joined[key] = torch.cat([_pad_to(part, shape) for part in parts])
+    return joined
+
+
+def _pad_to(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Zeros behind every dimension but the first, up to ``shape``."""
+    missing = [want - has for want, has in zip(shape, tensor.shape[1:], strict=True)]
+    return F.pad(tensor, [n for gap in reversed(missing) for n in (0, gap)])

@@ -1,11 +1,11 @@
-"""Read an image the careful way: whole, upright, RGB, or one clear error."""
+"""Read an image or a clip the careful way: whole, upright, RGB, or one clear error."""
 
 import base64
 import binascii
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million; beyond it Pillow suspects a bomb
 
@@ -21,8 +21,55 @@ def load_image(source, what: str = "image") -> Image.Image:
         FileNotFoundError: the path does not exist.
         ValueError: not an image, truncated, empty, or more than ``MAX_PIXELS`` pixels.
     """
+    return _to_rgb(*_open(source, what))
+
+
+def image_size(source, what: str = "image") -> tuple[int, int]:
+    """Height and width of the upright image, from its header alone; sources as ``load_image``."""
+    image, what = _open(source, what)
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def load_frames(source, num_frames: int, what: str = "clip") -> list[Image.Image]:
+    """At most ``num_frames`` frames of a clip, evenly spread, as upright RGB images in order.
+
+    Args:
+        source: a list of images, or an animated image file (GIF, WebP, APNG).
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: no frames, or a film format: those are to be cut into frames first.
+    """
+    if isinstance(source, (list, tuple)):
+        pictures = [(frame, f"{what}, frame {n}") for n, frame in enumerate(source, 1)]
+        return [load_image(*picture) for picture in _spread(pictures, num_frames, what)]
+    try:
+        image, what = _open(source, what)
+    except ValueError as error:
+        raise ValueError(f"{error} A film is given as a list of its frames.") from None
+    numbers = _spread(list(range(getattr(image, "n_frames", 1))), num_frames, what)
+    frames = []
+    for number, frame in enumerate(ImageSequence.Iterator(image)):
+        if number in numbers:
+            frames.append(_to_rgb(frame.copy(), f"{what}, frame {number + 1}"))
+    return frames
+
+
+def _spread(everything: list, count: int, what: str) -> list:
+    """``count`` of them, the middles of as many equal stretches; all if there are no more."""
+    if not everything:
+        raise ValueError(f"{what} has no frames.")
+    if len(everything) <= count:
+        return everything
+    return [everything[int((i + 0.5) * len(everything) / count)] for i in range(count)]
+
+
+def _open(source, what: str) -> tuple[Image.Image, str]:
+    """The image, its pixels unread, and how error messages call it."""
     if isinstance(source, Image.Image):
-        return _to_rgb(source, what)
+        return source, what
     if isinstance(source, (str, Path)):
         source = str(source)
         if source.startswith(("http://", "https://")):
@@ -38,12 +85,11 @@ def load_image(source, what: str = "image") -> Image.Image:
         kind = type(source).__name__
         raise ValueError(f"{what}: expected a path, bytes or a PIL image, got {kind}.")
     try:
-        image = Image.open(io.BytesIO(source))
+        return Image.open(io.BytesIO(source)), what
     except UnidentifiedImageError:
         raise ValueError(f"{what} is not an image in a format that Pillow reads.") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} has too many pixels ({error}); resize it before use.") from None
-    return _to_rgb(image, what)
 
 
 def _decode_data_url(url: str, what: str) -> bytes:

@@ -17,6 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmpeft import adapters, checkpoint
 from mmpeft.gate import Gate, gate_mask
+from mmpeft.language_model import as_bias
+from mmpeft.layout import ImageLayout, ResolutionConfig
+
+IMAGE_INPUTS = (
+    "pixel_values", "image_sizes", "image_features", "image_embeds", "qformer_input_ids",
+    "qformer_attention_mask",
+)  # fmt: skip
 
 
 class BridgeConfig(PreTrainedConfig):
@@ -28,8 +35,10 @@ class BridgeConfig(PreTrainedConfig):
         vision_encoder: ``{"class_path", "init_args"}`` of a ``VisionEncoderConfig``.
         connector: ``{"class_path", "init_args"}`` of a ``ConnectorConfig``.
         gate: where the adapter acts, ``"none"`` or ``"sample"``.
-        num_image_tokens: positions one image takes in the LLM's sequence.
+        resolution: fields of a :class:`~mmpeft.layout.ResolutionConfig`.
         identities: weights hash of each frozen part, checked when a checkpoint is loaded.
+        processor: ``{"name", "revision"}`` of the published checkpoint whose own image processor,
+            tokenizer and template an imported bridge keeps.
     """
 
     model_type = "mmpeft_bridge"
@@ -40,8 +49,9 @@ class BridgeConfig(PreTrainedConfig):
     vision_encoder: dict | None = None
     connector: dict | None = None
     gate: str = "none"
-    num_image_tokens: int | None = None
+    resolution: dict | None = None
     identities: dict | None = None
+    processor: dict | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
@@ -53,7 +63,7 @@ class BridgeConfig(PreTrainedConfig):
 class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A vision-language model whose text path is the base LLM, provably where the gate is shut.
 
-    Build one with :meth:`from_parts`, load one with :meth:`from_pretrained`.
+    Build one with :meth:`from_parts` or :meth:`from_hf`, load one with :meth:`from_pretrained`.
     """
 
     config_class = BridgeConfig
@@ -71,6 +81,10 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.connector = connector
         self.language_model = language_model
         self.generation_config = language_model.generation_config
+        resolution = ResolutionConfig(**(config.resolution or {}))
+        self.layout = ImageLayout(resolution, vision_encoder, connector)
+        if resolution.mode != "fixed":
+            connector.add_newline()
         self._gate = Gate(language_model, config.gate)
         self.post_init()
 
@@ -80,7 +94,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_parts(
         cls, vision_encoder, connector, language_model: str, *, adapter=None, gate="none",
-        dtype="float32", revision=None,
+        dtype="float32", revision=None, resolution=None,
     ):  # fmt: skip
         """Build an untrained bridge.
 
@@ -91,18 +105,39 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             adapter: a peft config such as ``LoraConfig(r=16)``; ``None`` trains no adapter.
             gate: where the adapter acts, see :mod:`mmpeft.gate`.
             dtype: floating type of the frozen LLM.
+            resolution: a ``ResolutionConfig``; ``None`` shows every picture at the encoder's size.
         """
         return checkpoint.assemble(
             cls, vision_encoder, connector,
             {"name": language_model, "revision": revision, "dtype": dtype}, adapter, gate,
+            resolution,
         )  # fmt: skip
+
+    @classmethod
+    def from_hf(
+        cls, name: str, *, adapter=None, gate="none", dtype="float32", revision=None
+    ) -> "BridgeForConditionalGeneration":
+        """Build a bridge from a published LLaVA, BLIP-2 or InstructBLIP (decoder LLM) checkpoint.
+
+        Its vision tower and LLM are the frozen parts, its projector or Q-Former the connector.
+
+        Args:
+            name: directory or hub name, in transformers' format, safetensors.
+            adapter: a peft config, to go on from there; ``None`` adds none.
+            gate: where the adapter acts, see :mod:`mmpeft.gate`.
+            dtype: floating type of the frozen parts.
+        """
+        from mmpeft.hf import import_bridge
+
+        return import_bridge(cls, name, adapter=adapter, gate=gate, dtype=dtype, revision=revision)
 
     # -------------------------------------------------------------------------------- forward
 
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
-        pixel_values: Tensor | None = None,  # (images, 3, H, W), in reading order over the batch
+        pixel_values: Tensor | None = None,  # (tiles, 3, H, W), in reading order over the batch
+        image_sizes: Tensor | None = None,  # (images, 2), height and width after resizing
         attention_mask: Tensor | None = None,  # (B, T), or (B, 1, T, T)
         position_ids: Tensor | None = None,  # (B, T)
         past_key_values=None,
@@ -110,7 +145,10 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # (B, T), -100 where nothing is to be learned
         mm_token_type_ids: Tensor | None = None,  # (B, T), 1 at image positions
         adapter_mask: Tensor | None = None,  # (B, 1), made by generate from the whole sequence
-        image_features: Tensor | None = None,  # (images, P, D_vision), instead of pixel_values
+        image_features=None,  # instead of pixel_values: as encode_images returns them
+        image_embeds: Tensor | None = None,  # (image tokens, D), instead of either
+        qformer_input_ids: Tensor | None = None,  # (images, Tq), for connectors that read the text
+        qformer_attention_mask: Tensor | None = None,  # (images, Tq)
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -124,9 +162,12 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        if pixel_values is not None or image_features is not None:
-            image_tokens = self.get_image_features(pixel_values, image_features)  # (images, N, D)
-            inputs_embeds = self._place_images(inputs_embeds, image_tokens, mm_token_type_ids)
+        if image_embeds is None and (pixel_values is not None or image_features is not None):
+            image_embeds = self.get_image_features(
+                pixel_values, image_sizes, image_features, qformer_input_ids, qformer_attention_mask
+            )  # (image tokens, D)
+        if image_embeds is not None:
+            inputs_embeds = self._place_images(inputs_embeds, image_embeds, mm_token_type_ids)
         elif mm_token_type_ids is not None and adapter_mask is None and mm_token_type_ids.any():
             raise ValueError("mm_token_type_ids marks image positions but no image was passed.")
 
@@ -140,7 +181,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with only or nullcontext():
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=as_bias(self.language_model, attention_mask, inputs_embeds.dtype),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 logits_to_keep=logits_to_keep,
@@ -154,27 +195,66 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs.logits = None
         return outputs
 
-    def get_image_features(
-        self, pixel_values: Tensor | None = None, image_features: Tensor | None = None
-    ) -> Tensor:
-        """``(images, 3, H, W)`` to LLM embeddings ``(images, N, D)``."""
-        if image_features is None:
-            image_features = self.vision_encoder(pixel_values)  # (images, P, D_vision)
-        return self.connector(image_features, self.vision_encoder.grid)
+    def encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list:
+        """The frozen encoder's features, one ``(tiles, K + P, D_vision)`` tensor per image."""
+        if self.layout.config.mode != "native":
+            sizes = self.layout.sizes(image_sizes, len(pixel_values))
+            counts = [self.layout.tiles(size) for size in sizes]
+            if sum(counts) != len(pixel_values):
+                raise ValueError(
+                    f"image_sizes stands for {sum(counts)} tiles, pixel_values has "
+                    f"{len(pixel_values)}; make both with BridgeProcessor."
+                )
+            return list(self.vision_encoder(pixel_values).split(counts))
+        features = [None] * len(pixel_values)
+        sizes = self.layout.sizes(image_sizes, len(pixel_values))
+        for size in dict.fromkeys(sizes):
+            own = [i for i, other in enumerate(sizes) if other == size]
+            encoded = self.vision_encoder(pixel_values[own, :, : size[0], : size[1]])
+            for i, image in zip(own, encoded.split(1), strict=True):
+                features[i] = image
+        return features
 
-    def _place_images(self, inputs_embeds, image_tokens, mm_token_type_ids):
+    def get_image_features(
+        self, pixel_values=None, image_sizes=None, image_features=None, qformer_input_ids=None,
+        qformer_attention_mask=None,
+    ) -> Tensor:  # fmt: skip
+        """Images, as pixels or as :meth:`encode_images` gives them, to ``(image tokens, D)``.
+
+        The tokens of all images in reading order; the connector runs once for each grid.
+        """
+        if image_features is None:
+            image_features = self.encode_images(pixel_values, image_sizes)
+        sizes = self.layout.sizes(image_sizes, len(image_features))
+        texts = {"input_ids": qformer_input_ids, "attention_mask": qformer_attention_mask}
+        embeds = [None] * len(image_features)
+        native = self.layout.config.mode == "native"
+        for size in dict.fromkeys(sizes if native else [self.layout.size]):
+            own = [i for i, other in enumerate(sizes) if not native or other == size]
+            tiles = [len(image_features[i]) for i in own]
+            instruction = None
+            if qformer_input_ids is not None:
+                each = torch.tensor(tiles, device=qformer_input_ids.device)
+                instruction = {k: v[own].repeat_interleave(each, 0) for k, v in texts.items()}
+            features = torch.cat([image_features[i] for i in own])  # (tiles, K + P, D_vision)
+            grid = self.vision_encoder.grid_of(*size)
+            tokens = self.connector(features, grid, instruction)  # (tiles, N, D)
+            for i, image in zip(own, tokens.split(tiles), strict=True):
+                embeds[i] = self.layout.arrange(image, sizes[i])  # (n, D)
+        return torch.cat(embeds)
+
+    def _place_images(self, inputs_embeds, image_embeds, mm_token_type_ids):
         """Put the image tokens where ``mm_token_type_ids`` is 1."""
         if mm_token_type_ids is None:
             raise ValueError("images need mm_token_type_ids; make the inputs with BridgeProcessor.")
         positions = mm_token_type_ids == 1  # (B, T)
-        expected = image_tokens.shape[0] * image_tokens.shape[1]
-        if int(positions.sum()) != expected:
+        if int(positions.sum()) != len(image_embeds):
             raise ValueError(
-                f"{image_tokens.shape[0]} images give {expected} image tokens, but "
-                f"mm_token_type_ids marks {int(positions.sum())} positions."
+                f"the images give {len(image_embeds)} image tokens, but mm_token_type_ids marks "
+                f"{int(positions.sum())} positions."
             )
         return inputs_embeds.masked_scatter(
-            positions.unsqueeze(-1), image_tokens.to(inputs_embeds.dtype)
+            positions.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype)
         )
 
     def _adapter_mask(self, given, mm_token_type_ids, past_key_values, inputs_embeds):
@@ -215,24 +295,26 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             token_types = input_ids.new_zeros(input_ids.shape[0], 1)
         inputs["adapter_mask"] = gate_mask(self.config.gate, token_types)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("image_features", None)
+            for name in IMAGE_INPUTS:
+                inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
         """As upstream, but repeats the images row by row: a row may hold none or several."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        image_features = kwargs.pop("image_features", None)
-        if pixel_values is not None and expand_size > 1 and image_features is None:
-            image_features, pixel_values = self.vision_encoder(pixel_values), None
-        if image_features is not None and expand_size > 1:
-            per_row = (kwargs["mm_token_type_ids"] == 1).sum(1) // self.config.num_image_tokens
-            rows = image_features.split(per_row.tolist())
-            image_features = torch.cat([row for row in rows for _ in range(expand_size)])
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        embeds = images.pop("image_embeds")
+        if embeds is None and any(
+            images[k] is not None for k in ("pixel_values", "image_features")
+        ):
+            embeds = self.get_image_features(**images)
+        if embeds is not None and expand_size > 1:
+            per_row = (kwargs["mm_token_type_ids"] == 1).sum(1)
+            rows = embeds.split(per_row.tolist())
+            embeds = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
         )
-        images = {"pixel_values": pixel_values, "image_features": image_features}
-        return input_ids, kwargs | {k: v for k, v in images.items() if v is not None}
+        return input_ids, kwargs if embeds is None else kwargs | {"image_embeds": embeds}
 
     # ---------------------------------------------------------------------------- the adapter
 

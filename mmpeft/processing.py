@@ -8,74 +8,153 @@ rendered, and put back while the rendered text is tokenised.
 
 import re
 import secrets
+from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmpeft.images import load_image
+from mmpeft.chat_template import load_template, marked_twin, marks_assistant, names
+from mmpeft.checkpoint import HUB_OPTIONS
+from mmpeft.image_processing import BridgeImageProcessor
+from mmpeft.images import image_size, load_frames, load_image
+from mmpeft.language_model import context_length, load_tokenizer
 from mmpeft.model import BridgeConfig
+from mmpeft.tokenise import Part, tokenise
 
+QFORMER_FOLDER = "qformer_tokenizer"
 IMAGE_TOKEN = "<image>"  # marks an image in raw text given to ``__call__``; no vocabulary entry
+
+
+class Picture(NamedTuple):
+    """One image of a chat: where it comes from, and the user's words beside it."""
+
+    source: object
+    instruction: str = ""
 
 
 class BridgeProcessor(ProcessorMixin):
     """Tokenises chats and prepares images for a bridge.
 
     Args:
-        num_image_tokens: positions each image takes.
+        image_processor: a ``BridgeImageProcessor``, or any of transformers with one size.
+        num_image_tokens: positions each image takes; ``None`` asks the image processor, by size.
         max_length: longest row in tokens; a longer one is an error, never cut.
+        num_frames: images that a video part becomes.
+        add_special_tokens: chats get what the tokenizer puts around a text (often a BOS token)
+            unless the template wrote it, as processors of transformers do for VLMs.
+        image_mark: what the chat template itself writes for an image; it is then given lists of
+            parts, as VLMs' own templates want them. ``None`` gives it strings.
+        images_first: images stand before the text and its BOS token, as in BLIP-2.
+
+    Attributes:
+        qformer_tokenizer: tokenizer of the words that a connector reads beside each image (as in
+            InstructBLIP), or ``None``.
     """
 
     def __init__(
         self, image_processor=None, tokenizer=None, num_image_tokens: int | None = None,
-        max_length: int | None = None, chat_template: str | None = None, **kwargs,
+        max_length: int | None = None, num_frames: int = 8, chat_template: str | None = None,
+        add_special_tokens: bool = False, image_mark: str | None = None,
+        images_first: bool = False, **kwargs,
     ):  # fmt: skip
         self.num_image_tokens = num_image_tokens
-        self.max_length = max_length
+        self.add_special_tokens, self.image_mark = add_special_tokens, image_mark
+        self.images_first = images_first
+        self.max_length, self.num_frames = max_length, num_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = IMAGE_TOKEN
+        self.qformer_tokenizer = None
 
     @classmethod
-    def from_model(cls, model, max_length: int | None = None) -> "BridgeProcessor":
-        """The processor that fits a bridge: the LLM's tokenizer, the encoder's preprocessing."""
-        from transformers import AutoTokenizer, ViTImageProcessor
+    def from_model(
+        cls, model, max_length: int | None = None, chat_template: str | None = None
+    ) -> "BridgeProcessor":
+        """The processor that fits a bridge: the LLM's tokenizer, the encoder's preprocessing.
 
-        from mmpeft.starter import resolve
+        ``chat_template`` is a packaged one or a jinja file, see :mod:`mmpeft.chat_template`;
+        ``None`` takes the tokenizer's own.
+        """
+        from transformers import AutoTokenizer
 
+        if model.config.processor is not None:
+            from mmpeft.hf import processor_of
+
+            return processor_of(cls, model, max_length, chat_template)
         source, how = model.config.language_model, model.vision_encoder.preprocessing
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(source["name"]), revision=source["revision"], padding_side="left"
+        tokenizer = load_tokenizer(source["name"], source["revision"])
+        template = (
+            tokenizer.chat_template if chat_template is None else load_template(chat_template)
         )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, its id never matters
+        if isinstance(template, dict):  # some tokenizers have one for each use
+            template = template.get("default")
         height, width = how["size"]
-        image_processor = ViTImageProcessor(
+        image_processor = BridgeImageProcessor(
             size={"height": height, "width": width}, resample=how["resample"],
-            image_mean=how["mean"], image_std=how["std"],
+            image_mean=how["mean"], image_std=how["std"], fit=how["fit"],
+            resolutions=[list(r) for r in model.layout.resolutions],
+            cut_tiles=model.layout.config.mode == "tiles",
         )  # fmt: skip
-        return cls(
-            image_processor, tokenizer, num_image_tokens=model.config.num_image_tokens,
-            max_length=max_length or model.config.text_config.max_position_embeddings,
-            chat_template=tokenizer.chat_template,
+        processor = cls(
+            image_processor, tokenizer,
+            max_length=max_length or context_length(model.config.text_config),
+            chat_template=template,
         )  # fmt: skip
+        if (instruction := model.connector.instruction_tokenizer) is not None:
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(**instruction)
+        return processor
 
     @property
     def model_input_names(self):
-        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"]
+        names = ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_sizes"]
+        if self.qformer_tokenizer is not None:
+            names += ["qformer_input_ids", "qformer_attention_mask"]
+        return names
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As upstream; the Q-Former's tokenizer goes into a folder of its own."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(Path(save_directory) / QFORMER_FOLDER)
+        return written
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As upstream, with the Q-Former's tokenizer where the folder has one."""
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
+        has_one = cached_file(
+            pretrained_model_name_or_path, f"{QFORMER_FOLDER}/tokenizer_config.json",
+            _raise_exceptions_for_missing_entries=False, **hub,
+        )  # fmt: skip
+        if has_one:
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=QFORMER_FOLDER, **hub
+            )
+        return processor
 
     # ------------------------------------------------------------------------------ raw text
 
-    def __call__(self, images=None, text=None, return_tensors=None, padding=False, **kwargs):
+    def __call__(
+        self, images=None, text=None, return_tensors=None, padding=False, add_special_tokens=True,
+        **kwargs,
+    ):  # fmt: skip
         """Tokenise raw text in which ``<image>`` stands for an image.
 
         Args:
             images: one image, a list for one text, or a list of lists, one per text.
             text: a string or a list of strings.
+            add_special_tokens: add what the tokenizer puts around a text (often a BOS token), as
+                upstream processors do; never to a text that opens with the BOS token already.
 
         Returns:
             ``BatchFeature`` of ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (B, T)
-            and, if there are images, ``pixel_values`` (images, 3, H, W).
+            and, if there are images, ``pixel_values`` (tiles, 3, H, W) and ``image_sizes``
+            (images, 2).
 
         Raises:
             ValueError: a text has more or fewer ``<image>`` than images, or is too long.
@@ -84,7 +163,7 @@ class BridgeProcessor(ProcessorMixin):
             raise ValueError("text is missing; for images alone use processor.image_processor.")
         texts = [text] if isinstance(text, str) else list(text)
         per_text = _images_per_text(images, texts)
-        rows = []
+        rows, pictures = [], []
         for number, (one, own) in enumerate(zip(texts, per_text, strict=True)):
             marks = one.count(IMAGE_TOKEN)
             if marks != len(own):
@@ -92,10 +171,13 @@ class BridgeProcessor(ProcessorMixin):
                     f"text {number} has {marks} {IMAGE_TOKEN} for {len(own)} images; write one "
                     "for each image."
                 )
+            own = [Picture(image, self._words(one)) for image in own]
             segments = re.split(f"({re.escape(IMAGE_TOKEN)})", one)
-            rows.append(self._encode((part, i % 2 == 1) for i, part in enumerate(segments)))
-        flat = [image for own in per_text for image in own]
-        return self._batch(rows, flat, return_tensors, padding, **kwargs)
+            kinds = ((part, i % 2 == 1) for i, part in enumerate(segments))
+            special = add_special_tokens and not self._opens(one)
+            rows.append(self._encode(kinds, own, add_special_tokens=special))
+            pictures += own
+        return self._batch(rows, pictures, return_tensors, padding, **kwargs)
 
     # ---------------------------------------------------------------------------------- chats
 
@@ -108,8 +190,9 @@ class BridgeProcessor(ProcessorMixin):
         """Render one chat or a list of chats; with ``tokenize`` make model inputs of them.
 
         Message content is a string or a list of parts, ``{"type": "text", "text": ...}`` and
-        ``{"type": "image", "image": path, bytes or PIL image}``. The template only ever sees
-        strings, so any text LLM's template works.
+        ``{"type": "image", "image": path, bytes or PIL image}``; ``{"type": "video", "video": list
+        of images, or an animated image file}`` becomes ``num_frames`` images. The template only
+        ever sees strings, so any text LLM's template works.
 
         With ``return_assistant_tokens_mask`` the result also has ``assistant_masks`` (B, T), 1
         where the template's ``{% generation %}`` block wrote.
@@ -119,88 +202,134 @@ class BridgeProcessor(ProcessorMixin):
                 chat is too long.
         """
         batched = bool(conversation) and not isinstance(conversation[0], dict)
-        rows, images, texts = [], [], []
+        rows, pictures, texts = [], [], []
         for messages in conversation if batched else [conversation]:
-            chat = _Chat(messages, self._special_tokens())
+            chat = self._chat(messages)
             rendered, spans = self._render(
                 chat, chat_template, return_assistant_tokens_mask,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, **kwargs,
             )  # fmt: skip
             if tokenize:
-                rows.append(self._encode(chat.segments(rendered), spans))
-                images += chat.images
+                special = self.add_special_tokens and not self._opens(rendered)
+                rows.append(self._encode(chat.segments(rendered), chat.pictures, spans, special))
+                pictures += chat.pictures
             else:
                 texts.append(chat.as_text(rendered))
         if not tokenize:
             return texts if batched else texts[0]
         options = {"return_tensors": return_tensors, "padding": padding} | (processor_kwargs or {})
-        inputs = self._batch(rows, images, **options)
+        inputs = self._batch(rows, pictures, **options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def encode_chat(self, messages) -> tuple[dict[str, list[int]], list]:
-        """One complete chat as a training row, its images still unread.
+    def encode_chat(self, messages) -> tuple[dict[str, list[int]], list[Picture]]:
+        """One complete chat as a training row, the pixels of its images still unread.
 
         Returns:
             ``{"input_ids", "mm_token_type_ids", "labels"}`` (T each; labels -100 outside what the
-            assistant wrote) and the list of image sources.
+            assistant wrote) and the pictures, for :meth:`image_inputs`.
         """
-        chat = _Chat(messages, self._special_tokens())
+        chat = self._chat(messages)
         rendered, spans = self._render(chat, None, mark_assistant=True)
-        row = self._encode(chat.segments(rendered), spans)
+        special = self.add_special_tokens and not self._opens(rendered)
+        row = self._encode(chat.segments(rendered), chat.pictures, spans, special)
         mask = row.pop("assistant_masks")
         pairs = zip(row["input_ids"], mask, strict=True)
         row["labels"] = [token if learned else -100 for token, learned in pairs]
-        return row, chat.images
+        return row, chat.pictures
 
     def _render(self, chat, chat_template, mark_assistant: bool, **kwargs):
         """The chat as text, and the character spans the assistant wrote (``None`` if unmarked)."""
         template = chat_template or self.chat_template
         if template is None:
-            raise ValueError("the tokenizer has no chat template; pass chat_template.")
-        if mark_assistant and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
-                "the chat template does not mark assistant tokens; put {% generation %} and "
-                "{% endgeneration %} around what the assistant writes and pass it as chat_template."
+                "the tokenizer has no chat template: set model.chat_template to a packaged one "
+                f"({', '.join(names())}) or to a jinja file."
             )
-        (rendered,), spans = render_jinja_template(
-            conversations=[chat.messages],
-            chat_template=template,
-            return_assistant_tokens_mask=mark_assistant,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
-        )
-        return rendered, spans[0] if mark_assistant else None
+
+        def render(template, mark):
+            (rendered,), spans = render_jinja_template(
+                conversations=[chat.messages],
+                chat_template=template,
+                return_assistant_tokens_mask=mark,
+                **{**self.tokenizer.special_tokens_map, **kwargs},
+            )
+            return rendered, spans[0] if mark else None
+
+        if not mark_assistant or marks_assistant(template):
+            return render(template, mark_assistant)
+        rendered, _ = render(template, False)
+        return rendered, marked_twin(template, rendered, lambda twin: render(twin, True))
+
+    def _chat(self, messages) -> "_Chat":
+        swapped = [*self._special_tokens(), *filter(None, [self.image_mark])]
+        return _Chat(messages, swapped, self.num_frames, self.image_mark)
+
+    def _opens(self, text: str) -> bool:
+        """Whether a text has its BOS token already."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
+    def _words(self, text: str) -> str:
+        """A raw text without image marks and special tokens."""
+        for token in (IMAGE_TOKEN, *self._special_tokens()):
+            text = text.replace(token, " ")
+        return text.strip()
 
     def _special_tokens(self) -> list[str]:
         return [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
 
     # -------------------------------------------------------------------------------- encoding
 
-    def _encode(self, segments, assistant_spans=None) -> dict[str, list[int]]:
-        """Tokenise ``(text, kind)`` segments to one row.
+    def _num_tokens(self, picture: Picture) -> int:
+        if self.num_image_tokens is not None:
+            return self.num_image_tokens
+        resolutions = self.image_processor.resolutions
+        if len(resolutions) == 1:
+            return resolutions[0][2]
+        return self.image_processor.num_image_tokens(*image_size(picture.source))
+
+    def image_inputs(self, pictures: list[Picture], where: str = "") -> dict:
+        """Model inputs of images: pixels, sizes, and the words beside them where they are read.
+
+        ``where`` opens error messages, for example ``"data.jsonl line 3: "``.
+        """
+        loaded = [load_image(p.source, f"{where}image {n}") for n, p in enumerate(pictures, 1)]
+        inputs = dict(self.image_processor(loaded, return_tensors="pt"))
+        if self.qformer_tokenizer is not None:
+            texts = self.qformer_tokenizer(
+                [picture.instruction for picture in pictures], padding=True, return_tensors="pt"
+            )
+            inputs["qformer_input_ids"] = texts["input_ids"]
+            inputs["qformer_attention_mask"] = texts["attention_mask"]
+        return inputs
+
+    def _encode(
+        self, segments, pictures, assistant_spans=None, add_special_tokens=False
+    ) -> dict[str, list[int]]:
+        """Tokenise ``(text, kind)`` segments to one row, as the tokenizer would the whole text.
 
         ``kind`` is ``False`` (template text), ``True`` (an image) or ``"literal"`` (text whose
         special tokens must stay text). ``assistant_spans`` are character ranges of the rendered
         text, in which an image or literal counts as its sentinel.
         """
-        row = {"input_ids": [], "mm_token_type_ids": [], "assistant_masks": []}
-        position = 0  # in the rendered text
+        parts, position = [], 0  # in the rendered text
         for text, kind, *width in segments:
-            if kind is True:
-                ids, starts = [self.tokenizer.pad_token_id] * self.num_image_tokens, None
-            else:
-                encoded = self.tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=True,
-                    split_special_tokens=kind == "literal", verbose=False,
-                )  # fmt: skip
-                ids, starts = encoded["input_ids"], encoded["offset_mapping"]
-            row["input_ids"] += ids
-            row["mm_token_type_ids"] += [int(kind is True)] * len(ids)
-            for i in range(len(ids)):
-                at = position if kind else position + starts[i][0]
-                inside = any(a <= at < b for a, b in assistant_spans or ())
-                row["assistant_masks"].append(int(inside and kind is not True))
+            step = 0 if kind else 1  # a literal has one place in the rendered text
+            places = [position + step * i for i in range(len(text))]
+            learned = [any(a <= at < b for a, b in assistant_spans or ()) for at in places]
+            parts.append(Part(text, kind, learned))
             position += width[0] if width else len(text)
+        row = {"input_ids": [], "mm_token_type_ids": [], "assistant_masks": []}
+        counts, front = map(self._num_tokens, pictures), []
+        if self.images_first:
+            front = [(None, False) for part in parts if part.kind is True]
+            parts = [part for part in parts if part.kind is not True]
+        for token, learned in [*front, *tokenise(self.tokenizer, parts, add_special_tokens)]:
+            is_image = token is None
+            ids = [self.tokenizer.pad_token_id] * next(counts) if is_image else [token]
+            row["input_ids"] += ids
+            row["mm_token_type_ids"] += [int(is_image)] * len(ids)
+            row["assistant_masks"] += [int(learned)] * len(ids)
         if assistant_spans is None:
             del row["assistant_masks"]
         if self.max_length is not None and len(row["input_ids"]) > self.max_length:
@@ -212,7 +341,7 @@ class BridgeProcessor(ProcessorMixin):
         return row
 
     def _batch(
-        self, rows, images, return_tensors=None, padding=False, truncation=False, **unknown
+        self, rows, pictures, return_tensors=None, padding=False, truncation=False, **unknown
     ) -> BatchFeature:
         if truncation:
             raise ValueError("truncation could cut through an image; shorten the text instead.")
@@ -226,9 +355,8 @@ class BridgeProcessor(ProcessorMixin):
             data = {k: pad_rows(v, pad if k == "input_ids" else 0, side) for k, v in data.items()}
         elif return_tensors and len({len(row["input_ids"]) for row in rows}) > 1:
             raise ValueError("rows differ in length; pass padding=True.")
-        if images:
-            loaded = [load_image(image, f"image {i}") for i, image in enumerate(images)]
-            data["pixel_values"] = self.image_processor(loaded, return_tensors="pt")["pixel_values"]
+        if pictures:
+            data |= self.image_inputs(pictures)
         return BatchFeature(data, tensor_type=return_tensors)
 
     # ------------------------------------------------------------------------------- decoding
@@ -245,13 +373,15 @@ class BridgeProcessor(ProcessorMixin):
 class _Chat:
     """One conversation with its images and literal special tokens swapped for sentinels."""
 
-    def __init__(self, messages, special_tokens: list[str]):
-        self.images, self._replaced = [], []
+    def __init__(self, messages, special_tokens: list[str], num_frames: int, image_mark=None):
+        self.pictures, self._replaced, self._num_frames = [], [], num_frames
+        self._image_mark, self._num_marks = image_mark, 0
         self._key = secrets.token_hex(8)
         longest_first = sorted(special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.messages = [m | {"content": self._content(m.get("content"))} for m in messages]
-        self._sentinel = re.compile(f"\ue000{self._key}:(\\d+)\ue001")
+        mark = "" if image_mark is None else f"|{re.escape(image_mark)}"
+        self._sentinel = re.compile(f"\ue000{self._key}:(\\d+)\ue001{mark}")
 
     def _swap(self, kind, text: str) -> str:
         self._replaced.append((text, kind))
@@ -260,49 +390,66 @@ class _Chat:
     def _content(self, content):
         if content is None or isinstance(content, str):
             content = [{"type": "text", "text": content or ""}]
-        return "".join(self._part(part) for part in content)
+        words = " ".join(part["text"] for part in content if part.get("type") == "text")
+        pieces = [piece for part in content for piece in self._part(part, words)]
+        self._num_marks += pieces.count(None)
+        if self._image_mark is None:
+            return "".join(self._swap(True, IMAGE_TOKEN) if p is None else p for p in pieces)
+        return [{"type": "image"} if p is None else {"type": "text", "text": p} for p in pieces]
 
-    def _part(self, part: dict) -> str:
+    def _part(self, part: dict, words: str) -> list:
+        """Text with its special tokens swapped; ``None`` for every image."""
         if part.get("type") == "text":
-            return self._special.sub(lambda m: self._swap("literal", m.group()), part["text"])
+            return [self._special.sub(lambda m: self._swap("literal", m.group()), part["text"])]
         if part.get("type") == "image":
             source = next((part[k] for k in ("image", "path", "url", "base64") if k in part), None)
             if source is not None:
-                self.images.append(source)
-            return self._swap(True, IMAGE_TOKEN)
-        raise ValueError(f"message part of type {part.get('type')!r}; use 'text' or 'image'.")
+                self.pictures.append(Picture(source, words))
+            return [None]
+        if part.get("type") == "video":
+            frames = load_frames(part["video"], self._num_frames)
+            self.pictures += [Picture(frame, words) for frame in frames]
+            return [None] * len(frames)
+        kind = part.get("type")
+        raise ValueError(f"message part of type {kind!r}; use 'text', 'image' or 'video'.")
+
+    def _found(self, match) -> tuple[str, bool | str]:
+        """What a sentinel, or an image mark of the template, stands for: text and kind."""
+        return (IMAGE_TOKEN, True) if match[1] is None else self._replaced[int(match[1])]
 
     def segments(self, rendered: str):
         """The rendered text as ``(text, kind, width in rendered characters)``."""
-        marks = sum(kind is True for _, kind in self._replaced)
-        if marks != len(self.images):
-            raise ValueError(f"the chat has {marks} image parts but {len(self.images)} images.")
-        found = sorted(int(match[1]) for match in self._sentinel.finditer(rendered))
-        if found != list(range(len(self._replaced))):
+        if self._num_marks != len(self.pictures):
+            raise ValueError(
+                f"the chat has {self._num_marks} image parts but {len(self.pictures)} images."
+            )
+        matches = list(self._sentinel.finditer(rendered))
+        found = sorted(int(match[1]) for match in matches if match[1] is not None)
+        images = sum(self._found(match)[1] is True for match in matches)
+        if found != list(range(len(self._replaced))) or images != self._num_marks:
             raise ValueError(
                 "the chat template drops or repeats a part of this chat that holds an image or a "
                 "special token; check the roles and their order."
             )
         position = 0
-        for match in self._sentinel.finditer(rendered):
+        for match in matches:
             before = rendered[position : match.start()]
             if before:
                 yield before, False, len(before)
-            text, kind = self._replaced[int(match[1])]
-            yield text, kind, len(match[0])
+            yield *self._found(match), len(match[0])
             position = match.end()
         if position < len(rendered):
             yield rendered[position:], False, len(rendered) - position
 
     def as_text(self, rendered: str) -> str:
         """The rendered text for a reader or for ``BridgeProcessor.__call__``."""
-        texts = [m["content"] for m in self.messages]
-        if any(IMAGE_TOKEN in text for text in texts):
+        text = self._sentinel.sub(lambda m: self._found(m)[0], rendered)
+        if text.count(IMAGE_TOKEN) != self._num_marks:
             raise ValueError(
                 f"a message spells {IMAGE_TOKEN}, which plain text could not tell from an image; "
                 "use tokenize=True."
             )
-        return self._sentinel.sub(lambda m: self._replaced[int(m[1])][0], rendered)
+        return text
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str) -> list[list[int]]:

@@ -26,8 +26,8 @@ class Task:
     def messages(self, row: dict) -> list[dict]:
         """The row as a chat that ends in the assistant's reference answer.
 
-        Content is text, or a list of ``{"type": "text", "text": ...}`` and
-        ``{"type": "image", "image": path, bytes or PIL image}``.
+        Content is text, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image",
+        "image": path, bytes or PIL image}`` and ``{"type": "video", "video": frames}``.
         """
         raise NotImplementedError
 

@@ -9,11 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, set_seed
 
 from mmpeft import adapters, checkpoint
 from mmpeft.config import STAGES, RunConfig, load
 from mmpeft.data import Collator, ConversationDataset, WithReplay
+from mmpeft.language_model import branch_limit, embedding_std
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.processing import BridgeProcessor
 
@@ -40,11 +42,14 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
     check_run_folder(run, resolved, resume)
     set_seed(config.seed)
     model, processor = build(config)
+    shared = config.data.chats_per_sample > 1
     dataset = ConversationDataset(
         config.data.task, "train", processor, config.data.chats_per_sample,
         held_out=config.retention.vision_samples if config.retention else 0, seed=config.seed,
+        branch_limit=branch_limit(model.language_model) if shared else None,
     )  # fmt: skip
-    calibrate(model, dataset)
+    align_data = align_dataset(dataset, config)
+    calibrate(model, align_data)
     with_replay = add_replay(dataset, config)
     watch = watch_retention(model, dataset, config)
     if not resume:  # only now: a mistake found so far leaves no folder behind
@@ -58,7 +63,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
             continue
         folder = run / "stages" / stage
         if stage == "align":  # trains the connector alone, which text never meets
-            train_stage(model, dataset, config, stage, folder, resume)
+            train_stage(model, align_data, config, stage, folder, resume)
         else:
             train_stage(model, with_replay, config, stage, folder, resume, watch)
         save_final(model, processor, final)
@@ -95,9 +100,32 @@ def build(config: RunConfig):
     parts = config.model
     model = BridgeForConditionalGeneration.from_parts(
         parts.vision_encoder, parts.connector, parts.language_model, adapter=parts.adapter,
-        gate=parts.gate, dtype=parts.dtype, revision=parts.revision,
+        gate=parts.gate, dtype=parts.dtype, revision=parts.revision, resolution=parts.resolution,
     )  # fmt: skip
-    return model, BridgeProcessor.from_model(model, config.data.max_length)
+    print(f"images: {model.layout}", file=sys.stderr)
+    for stage in (name for name in STAGES if getattr(config, name) is not None):
+        adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"stage {stage} has nothing to train: this connector has no parameters"
+                + (f"; set {stage} to null." if stage == "align" else "; set model.adapter.")
+            )
+    if model.connector.instruction_tokenizer is not None and config.data.chats_per_sample > 1:
+        raise ValueError(
+            f"data.chats_per_sample is {config.data.chats_per_sample}, but this connector reads "
+            "the question beside the image, so questions cannot share image tokens; set it to 1."
+        )
+    return model, BridgeProcessor.from_model(model, config.data.max_length, parts.chat_template)
+
+
+def align_dataset(dataset: ConversationDataset, config: RunConfig) -> ConversationDataset:
+    """What stage align learns from: its own task where there is one, else what instruct does."""
+    if config.data.align is None or config.align is None:
+        return dataset
+    return ConversationDataset(
+        config.data.align, "train", dataset.processor, config.data.chats_per_sample,
+        seed=config.seed, branch_limit=dataset.branch_limit,
+    )  # fmt: skip
 
 
 def add_replay(dataset: ConversationDataset, config: RunConfig):
@@ -116,14 +144,24 @@ def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> Non
     step = max(1, len(dataset) // num_images)
     features = []
     for index in range(0, len(dataset), step):
-        pixel_values = dataset[index].get("pixel_values")
-        if pixel_values is not None:
-            features.append(model.vision_encoder(pixel_values).float())
+        sample = dataset[index]
+        if "pixel_values" in sample:
+            features.append(model.vision_encoder(_at_own_size(model, sample)).float())
         if len(features) == num_images:
             break
     if features:
-        embedding_std = model.get_input_embeddings().weight.float().std().item()
-        model.connector.calibrate(torch.cat(features), model.vision_encoder.grid, embedding_std)
+        std = embedding_std(model.language_model)
+        model.connector.calibrate(torch.cat(features), model.vision_encoder.grid, std)
+
+
+def _at_own_size(model, sample) -> torch.Tensor:
+    """The sample's pixels ``(n, 3, H, W)``, resized to the encoder's own size where they differ."""
+    pixel_values, size = sample["pixel_values"], model.layout.size
+    if model.layout.config.mode != "native":
+        return pixel_values
+    sizes = model.layout.sizes(sample["image_sizes"], len(pixel_values))
+    images = [image[None, :, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
+    return torch.cat([F.interpolate(image, size=size, mode="bilinear") for image in images])
 
 
 def train_stage(

@@ -7,7 +7,8 @@ Each line is ``{"messages": [...]}`` with the roles and typed parts of transform
                                    {"type": "text", "text": "What is this?"}]},
       {"role": "assistant", "content": "A cat."}]}
 
-Image paths are relative to the file. Alternatively parts say only ``{"type": "image"}`` and the
+A clip is ``{"type": "video", "video": [frame, ...]}`` or one animated image file; its frames are
+images. Paths are relative to the file. Alternatively parts say only ``{"type": "image"}`` and the
 line has ``"images": [...]``, one for each part in reading order.
 
 A last assistant message with ``"unfinished": true`` was cut by a limit (``mmpeft replay`` writes
@@ -58,6 +59,8 @@ class Messages(Task):
             if isinstance(content, list):
                 content = [dict(part) for part in content]
                 for part in content:
+                    if part.get("type") == "video":
+                        part["video"] = _clip_beside(row["folder"], part.get("video"))
                     if part.get("type") != "image":
                         continue
                     marks += 1
@@ -92,6 +95,12 @@ def _read(path: Path, number: int, line: str) -> dict:
         "folder": str(path.parent),
         "where": where,
     }
+
+
+def _clip_beside(folder: str, clip):
+    if isinstance(clip, list):
+        return [_beside(folder, frame) for frame in clip]
+    return _beside(folder, clip)
 
 
 def _beside(folder: str, image: str) -> str:

@@ -69,13 +69,17 @@ def make_bridge(llm_dir, encoder_dir):
     from mmpeft.connectors.mlp import MLPConnectorConfig
     from mmpeft.encoder import TimmEncoderConfig
 
-    def make(gate="sample", adapter="lora", connector=None, dtype="float32", language_model=None):
+    def make(
+        gate="sample", adapter="lora", connector=None, dtype="float32", language_model=None,
+        resolution=None,
+    ):  # fmt: skip
         torch.manual_seed(1)
         if adapter == "lora":
             adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
         model = BridgeForConditionalGeneration.from_parts(
             TimmEncoderConfig(encoder_dir, image_size=64), connector or MLPConnectorConfig(),
             language_model or llm_dir, adapter=adapter, gate=gate, dtype=dtype,
+            resolution=resolution,
         )  # fmt: skip
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

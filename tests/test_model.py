@@ -175,8 +175,10 @@ def test_images_and_marked_positions_must_agree(tiny, images):
     model, processor = tiny
     batch = model_inputs(processor, [[user(images[0], "what?")]])
     twice = batch["pixel_values"].repeat(2, 1, 1, 1)
-    with pytest.raises(ValueError, match="2 images give 32 image tokens.*marks 16"):
+    with pytest.raises(ValueError, match="image_sizes stands for 1 tiles, pixel_values has 2"):
         model(**{**batch, "pixel_values": twice})
+    with pytest.raises(ValueError, match="give 32 image tokens, but.*marks 16"):
+        model(**{**batch, "pixel_values": twice, "image_sizes": None})
     with pytest.raises(ValueError, match="no image was passed"):
         model(input_ids=batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"])
     with pytest.raises(ValueError, match="make the inputs with BridgeProcessor"):

@@ -96,8 +96,8 @@ def test_too_long_is_an_error_never_cut(tiny, images):
 def test_a_template_that_cannot_mark_the_assistant_is_refused(tiny):
     _, processor = tiny
     unmarked = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    processor.chat_template = unmarked
-    with pytest.raises(ValueError, match=r"does not mark assistant tokens; put \{% generation"):
+    processor.chat_template = unmarked.replace("<|im_start|>", "<|im_start|>the ")
+    with pytest.raises(ValueError, match=r"does not mark assistant.*of your template with \{% gen"):
         processor.encode_chat([user("a"), assistant("b")])
 
 
@@ -137,4 +137,5 @@ def test_save_and_load(tiny, images, tmp_path):
     chat = [user(images[0], "what?")]
     a, b = model_inputs(processor, [chat]), model_inputs(loaded, [chat])
     assert all((a[k] == b[k]).all() for k in a)
-    assert loaded.max_length == 512 and loaded.num_image_tokens == 16
+    assert loaded.max_length == 512
+    assert loaded.image_processor.resolutions == [[64, 64, 16]]

@@ -85,6 +85,23 @@ def test_replay_joins_stage_instruct_and_only_that(recipe, replay, capsys):
     assert not (recipe.parent / "gone").exists()
 
 
+def test_stage_align_learns_from_its_own_task(recipe, jsonl, capsys):
+    picture = {"type": "image", "image": "0.png"}
+    captions = [{"messages": [user(), assistant("an owl " * i)]} for i in (1, 2)]
+    for row in captions:
+        row["messages"][0]["content"] = [picture]
+    own = ["--data.align", "Messages", "--data.align.init_args.train"]
+    plain = train(recipe)
+    aligned = train(recipe, [*own, str(jsonl(captions, "captions.jsonl")),
+                             "--output_dir", str(recipe.parent / "aligned")])  # fmt: skip
+    assert losses(plain).keys() == losses(aligned).keys()
+    assert losses(plain)["instruct", 1] != losses(aligned)["instruct", 1]
+    with pytest.raises(FileNotFoundError, match="gone.jsonl does not exist"):
+        train(recipe, [*own, "gone.jsonl", "--output_dir", str(recipe.parent / "gone")])
+    without = ["--align", "null", "--output_dir", str(recipe.parent / "without")]
+    assert train(recipe, [*own, "gone.jsonl", *without]).is_dir()
+
+
 @pytest.mark.parametrize("cut", [["--instruct.per_device_train_batch_size", "1",
                                   "--instruct.gradient_accumulation_steps", "2"]])  # fmt: skip
 def test_the_loss_does_not_depend_on_how_a_batch_is_cut(recipe, cut):

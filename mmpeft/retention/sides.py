@@ -157,7 +157,7 @@ class BridgeSides(Sides):
 
     def look(self, before, picture):
         text = (before or self.start()) + self.chat.image_token
-        inputs = self.chat(images=picture, text=text, return_tensors="pt")
+        inputs = self.chat(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
         return dict(inputs.to(self.model.device))
 
     def options(self, rows, pictures):

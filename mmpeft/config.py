@@ -184,7 +184,7 @@ def parser():
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(subclasses_enabled=list(_BASES.values()))
-    result = ArgumentParser(prog="mmpeft train", exit_on_error=False)
+    result = ArgumentParser(prog="mmpeft train", exit_on_error=False, allow_abbrev=False)
     result.add_argument("--config", action="config", help="YAML recipe")
     result.add_class_arguments(RunConfig, as_group=False)
     return result

@@ -211,15 +211,16 @@ def as_bias(language_model: nn.Module, mask: Tensor | None, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def branch_limit(language_model: nn.Module) -> int | None:
+def branch_limit(bridge: nn.Module) -> int | None:
     """Longest chat, in tokens, for which chats that share a prefix are computed exactly.
 
-    Tries it: two branches behind a prefix in one row (see ``data.share_prefix``) against the
-    second one alone. ``None`` is "any length".
+    Tries it on the bridge's LLM: two branches behind a prefix in one row (``data.share_prefix``)
+    against the second one alone. ``None`` is "any length".
 
     Raises:
         ValueError: this LLM takes its positions or its mask from elsewhere (ALiBi, recurrence).
     """
+    language_model = bridge.language_model
     config = language_model.config.get_text_config()
     prefix, first, second = 4, 24, 4
     length = prefix + first + second
@@ -243,13 +244,14 @@ def branch_limit(language_model: nn.Module) -> int | None:
         steps = torch.arange(ids.shape[1], device=device)[None]
         return run(ids, torch.ones_like(ids), steps)
 
-    alone = plain(torch.cat([ids[:, :prefix], ids[:, -second:]], 1))
-    try:
-        shared = run(ids, visible.tril()[:, None], positions)
-        # relative to the change when the branches do see each other: rounding stays far below
-        exact = (shared - alone).norm() < 0.1 * (plain(ids) - alone).norm()
-    except (ValueError, RuntimeError, IndexError, TypeError):  # it cannot read such a mask at all
-        exact = False
+    with bridge.disable_adapter():
+        alone = plain(torch.cat([ids[:, :prefix], ids[:, -second:]], 1))
+        seen = plain(ids)  # what comes out when the branches do see each other
+        try:
+            shared = run(ids, visible.tril()[:, None], positions)
+            exact = (shared - alone).norm() < 0.1 * (seen - alone).norm()  # rounding is far below
+        except (ValueError, RuntimeError, IndexError, TypeError):  # it cannot read such a mask
+            exact = False
     local = "local" in getattr(config, "attention_layers", ())  # counts places in the row (GPT-Neo)
     if not exact or local:
         raise ValueError(

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, set_seed
+from transformers import GenerationConfig, set_seed
 
-from mmpeft.checkpoint import load_language_model
-from mmpeft.starter import resolve
+from mmpeft.language_model import load_language_model, load_tokenizer
 
 SENTINEL = "xMMPEFTx"  # user content that shows where a chat template puts it
 
@@ -107,9 +106,7 @@ def describe(dropped: dict[str, int]) -> str:
 def load_writer(llm: str, dtype: str, max_new_tokens: int, temperature: float):
     """The LLM, set to draw from its own distribution, and its tokenizer."""
     model = load_language_model(llm, None, dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(resolve(llm), padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, its id never matters
+    tokenizer = load_tokenizer(llm, None)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

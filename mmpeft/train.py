@@ -46,7 +46,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
     dataset = ConversationDataset(
         config.data.task, "train", processor, config.data.chats_per_sample,
         held_out=config.retention.vision_samples if config.retention else 0, seed=config.seed,
-        branch_limit=branch_limit(model.language_model) if shared else None,
+        branch_limit=branch_limit(model) if shared else None,
     )  # fmt: skip
     align_data = align_dataset(dataset, config)
     calibrate(model, align_data)

@@ -165,9 +165,9 @@ def test_chats_that_share_a_prefix(architecture, bridge, images):
     model, processor, _ = bridge
     if architecture in NO_BRANCHES:
         with pytest.raises(ValueError, match="set data.chats_per_sample: 1"):
-            branch_limit(model.language_model)
+            branch_limit(model)
         return
-    limit = branch_limit(model.language_model)
+    limit = branch_limit(model)
     assert limit == (WINDOW if architecture in WINDOWED else None)
     processor = copy.copy(processor)
     processor.chat_template = (

@@ -191,6 +191,14 @@ def test_every_config_is_a_preset_or_a_starter():
 # -------------------------------------------------------------------------- one step, in small
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "image_size": 32, "patch_size": 4}  # fmt: skip
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 64}  # fmt: skip
+QFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 4}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """Random models of the presets' kinds, a few thousand parameters each, saved to disk."""
@@ -198,13 +206,6 @@ def small(tmp_path_factory):
 
 
 class SmallModels:
-    VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "image_size": 32, "patch_size": 4}  # fmt: skip
-    TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "vocab_size": 64}  # fmt: skip
-    QFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-               "num_attention_heads": 4, "encoder_hidden_size": 32}  # fmt: skip
-
     def __init__(self, root):
         self.root = root
 
@@ -215,13 +216,13 @@ class SmallModels:
     def clip(self):
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-        model = CLIPModel(CLIPConfig(text_config=self.TEXT, vision_config=self.VISION))
+        model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION))
         self._save("clip", model, CLIPImageProcessor(size=32, crop_size=32))
 
     def siglip(self):
         from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
-        model = SiglipModel(SiglipConfig(text_config=self.TEXT, vision_config=self.VISION))
+        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
         self._save("siglip", model, SiglipImageProcessor(size={"height": 32, "width": 32}))
 
     def blip2(self):
@@ -234,7 +235,9 @@ class SmallModels:
 
         t5 = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         whole = Blip2Config(
-            vision_config=self.VISION, qformer_config=self.QFORMER, text_config=t5.to_dict()
+            vision_config=VISION,
+            qformer_config=QFORMER | {"encoder_hidden_size": 32},
+            text_config=t5.to_dict(),
         )
         processor = BlipImageProcessor(size={"height": 32, "width": 32})
         self._save("blip2", Blip2ForConditionalGeneration(whole), processor)
@@ -252,9 +255,9 @@ class SmallModels:
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         vocab = special + letters + [f"##{c}" for c in letters]
         whole = InstructBlipConfig(
-            vision_config=self.VISION,
-            qformer_config=self.QFORMER | {"vocab_size": len(vocab)},
-            text_config=LlamaConfig(**self.TEXT).to_dict(),
+            vision_config=VISION,
+            qformer_config=QFORMER | {"encoder_hidden_size": 32} | {"vocab_size": len(vocab)},
+            text_config=LlamaConfig(**TEXT).to_dict(),
         )
         processor = BlipImageProcessor(size={"height": 32, "width": 32})
         self._save("instructblip", InstructBlipForConditionalGeneration(whole), processor)
@@ -285,9 +288,6 @@ class SmallModels:
             getattr(self, kind)()
         return str(self.root / kind)
 
-
-QFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-           "num_attention_heads": 4}  # fmt: skip
 
 # preset: kind of small encoder; options of its connector; image tokens
 SMALL = {
@@ -320,11 +320,11 @@ def data(tmp_path, images, jsonl):
 def test_one_step_of_each_stage_in_small(name, small, data, llm_dir, tmp_path, capsys):
     kind, options, tokens = SMALL[name]
     parsed, _ = config.load(CONFIGS / f"{name}.yaml")
+    encoder, connector = "model.vision_encoder.init_args.", "model.connector.init_args."
     overrides = {"output_dir": tmp_path / "run", "model.language_model": llm_dir,
                  "data.max_length": "null", "data.task.init_args.train": data,
-                 "model.dtype": "float32", "model.vision_encoder.init_args.dtype": "float32"}  # fmt: skip
-    encoder, connector = "model.vision_encoder.init_args.", "model.connector.init_args."
-    overrides[encoder + "name"] = small[kind]
+                 "model.dtype": "float32", encoder + "dtype": "float32",
+                 encoder + "name": small[kind]}  # fmt: skip
     if kind == "open_clip":
         overrides |= {encoder + "name": f"local-dir:{small[kind]}", encoder + "pretrained": "null"}
         options = {}

@@ -10,12 +10,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from mmpeft.language_model import context_length
 from mmpeft.retention.modes import Mode, without_mark
 from mmpeft.retention.plan import Question
 from mmpeft.retention.replies import write
 from mmpeft.retention.score import Opening, planned, run, score
 from mmpeft.retention.sides import RetentionError, Sides, start_token
 
+UNBOUNDED = 2048  # tokens of a window where the LLM sets no bound
 GENERATE_ROWS = 32
 
 
@@ -74,7 +76,7 @@ class SideLM(TemplateLM):
         return [self.scored[pair] for pair in asked]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        longest = self.sides.text_config(self.side).max_position_embeddings
+        longest = context_length(self.sides.text_config(self.side)) or UNBOUNDED
         texts = []
         for request in requests:
             before, number, words = self.mode.split(request.args[0])

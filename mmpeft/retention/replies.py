@@ -3,6 +3,7 @@
 import torch
 from transformers import StoppingCriteria
 
+from mmpeft.language_model import context_length
 from mmpeft.retention.sides import RetentionError, Sides
 
 LIMIT = 256  # new tokens where a task names no limit, as in lm-eval
@@ -31,8 +32,8 @@ def write(sides: Sides, side: str, prompts: list[tuple], options: dict) -> list[
         pad = sides.tokenizer.pad_token_id or 0
         inputs = _padded(sides, prompts, pad)
         width = inputs["input_ids"].shape[1]
-        longest = model.config.get_text_config().max_position_embeddings
-        if width + limit > longest:
+        longest = context_length(model.config)
+        if longest is not None and width + limit > longest:
             raise RetentionError(
                 f"a prompt of {width} tokens and a reply of {limit} do not fit the model's context "
                 f"of {longest}; nothing is cut"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mmpeft.language_model import context_length
 from mmpeft.retention.plan import HEADER_TOKENS, Batch, Question, plan
 from mmpeft.retention.sides import RetentionError, Sides, check_finite, positions
 
@@ -127,7 +128,7 @@ def run(sides: Sides, side: str, batch: Batch, opening, starts: dict) -> list[li
             dtype = model.get_input_embeddings().weight.dtype
             shut = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             inputs["attention_mask"] = shut
-        _check_length(inputs["position_ids"], config.max_position_embeddings, batch)
+        _check_length(inputs["position_ids"], context_length(config), batch)
         if past is not None:
             inputs["past_key_values"] = copy.deepcopy(past)
             inputs["past_key_values"].batch_repeat_interleave(len(batch.rows))
@@ -234,8 +235,8 @@ def _answers(batch: Batch, read: torch.Tensor, logits, norm, best) -> list[list]
     ]
 
 
-def _check_length(at: torch.Tensor, longest: int, batch: Batch) -> None:
-    if int(at.max()) >= longest:
+def _check_length(at: torch.Tensor, longest: int | None, batch: Batch) -> None:
+    if longest is not None and int(at.max()) >= longest:
         raise RetentionError(
             f"a suite item of {int(at.max()) + 1} tokens is longer than the model's context of "
             f"{longest} and is never cut; leave the item out or choose another model"

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
+from mmpeft.language_model import context_length
 from mmpeft.retention.sides import RetentionError, Sides, paired_logits, positions, start_token
 
 CHUNK = 128  # positions whose log-probabilities (CHUNK, V) are held in float32 at a time
@@ -44,7 +45,7 @@ def compare_text(
     if not ids:
         raise RetentionError("the text to measure on is empty")
     scored = text[: coded["offset_mapping"][len(ids) - 1][1]]
-    window = min(window, sides.text_config("base").max_position_embeddings)
+    window = min(window, context_length(sides.text_config("base")) or window)
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     opening = start_token(tokenizer)
 

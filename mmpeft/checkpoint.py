@@ -82,36 +82,34 @@ def save(model, directory) -> None:
         )
 
 
-def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool = False):
+def load_model(
+    cls, directory, *, dtype: str | None = None, is_trainable: bool = False, adapter=None,
+    gate: str | None = None,
+):  # fmt: skip
     """Load a bridge from a checkpoint folder.
 
     Args:
         directory: the folder, see :func:`find_checkpoint`.
         dtype: floating type for the frozen LLM instead of the one it was trained with.
         is_trainable: leave the adapter and the connector trainable.
+        adapter: a peft config: a new adapter for a bridge that has none.
+        gate: where the adapter acts, for a bridge that has none; ``None`` is what was saved.
 
     Raises:
-        ValueError: a frozen part is not the one trained on, or the weights do not fit exactly.
+        ValueError: a frozen part is not the one trained on, the weights do not fit exactly, or the
+            bridge has an adapter already.
     """
-    from mmpeft.config import from_spec
-    from mmpeft.connector import ConnectorConfig
-    from mmpeft.encoder import VisionEncoderConfig
-    from mmpeft.layout import ResolutionConfig
-
     config = cls.config_class.from_pretrained(directory)
-    language_model = dict(config.language_model)
+    parts = saved_parts(config, directory)
+    if parts["adapter"] is not None and (adapter is not None or gate not in (None, config.gate)):
+        raise ValueError(
+            f"{directory} has an adapter already, trained with gate {config.gate!r}: go on with "
+            "that one (adapter null and the same gate), or start from a bridge without."
+        )
     if dtype is not None:
-        language_model["dtype"] = str(dtype).removeprefix("torch.")
-    model = assemble(
-        cls,
-        from_spec(config.vision_encoder, VisionEncoderConfig),
-        from_spec(config.connector, ConnectorConfig),
-        language_model,
-        _adapter_config(directory),
-        config.gate,
-        None if config.resolution is None else ResolutionConfig(**config.resolution),
-        new=False,
-    )
+        parts["language_model"]["dtype"] = str(dtype).removeprefix("torch.")
+    new = {"adapter": parts["adapter"] or adapter, "gate": gate or config.gate}
+    model = assemble(cls, **parts | new, new=False)
     model.config.processor = config.processor
     for part, trained_on in config.identities.items():
         found = model.config.identities[part]
@@ -121,7 +119,7 @@ def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool =
                 f"(weights {trained_on['sha256'][:12]}), but {found['name']!r} now has weights "
                 f"{found['sha256'][:12]}; load it onto the {part} it was trained on."
             )
-    load_trained(model, directory)
+    load_trained(model, directory, new_adapter=adapter is not None)
     model.requires_grad_(False)
     if is_trainable:
         from mmpeft.adapters import set_trainable
@@ -130,8 +128,29 @@ def load_model(cls, directory, *, dtype: str | None = None, is_trainable: bool =
     return model
 
 
-def load_trained(model, directory) -> None:
-    """Load connector and adapter weights into an assembled model; every key must match."""
+def saved_parts(config, directory) -> dict:
+    """The arguments of :func:`assemble` that a checkpoint's config stands for."""
+    from mmpeft.config import from_spec
+    from mmpeft.connector import ConnectorConfig
+    from mmpeft.encoder import VisionEncoderConfig
+    from mmpeft.layout import ResolutionConfig
+
+    resolution = config.resolution
+    return {
+        "vision_encoder": from_spec(config.vision_encoder, VisionEncoderConfig),
+        "connector": from_spec(config.connector, ConnectorConfig),
+        "language_model": dict(config.language_model),
+        "adapter": _adapter_config(Path(directory)),
+        "gate": config.gate,
+        "resolution": None if resolution is None else ResolutionConfig(**resolution),
+    }
+
+
+def load_trained(model, directory, new_adapter: bool = False) -> None:
+    """Load connector and adapter weights into an assembled model; every key must match.
+
+    A ``new_adapter`` is the model's alone and stays as it is.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -140,7 +159,7 @@ def load_trained(model, directory) -> None:
     _require_same_keys(state, model.connector.trained_state(), directory / CONNECTOR_FILE)
     model.connector.load_state_dict(state, strict=False)  # the frozen keys are in place already
     adapter_file = directory / ADAPTER_FOLDER / "adapter_model.safetensors"
-    has_adapter = hasattr(model.language_model, "peft_config")
+    has_adapter = hasattr(model.language_model, "peft_config") and not new_adapter
     if adapter_file.is_file() != has_adapter:
         raise ValueError(
             f"{directory}: the model has {'an' if has_adapter else 'no'} adapter, but "

@@ -33,23 +33,43 @@ class ModelConfig:
         vision_encoder: the frozen vision encoder.
         connector: the trained connector.
         language_model: name or directory of a causal LM with a chat template, or starter:NAME.
+        start_from: instead of these three, a bridge (run, checkpoint or hub name; see ``mmpeft
+            import``) whose parts and trained weights the run starts from.
         revision: revision of the language model on the hub.
-        dtype: floating type of the frozen language model.
-        adapter: peft config for the language model; null trains the connector alone.
+        dtype: floating type of the frozen language model; null is float32, or that of start_from.
+        adapter: peft config for the language model; null trains the connector alone, or the
+            adapter that start_from has.
         gate: where the adapter acts: none (everywhere) or sample (only rows with an image).
         resolution: how the size and shape of a picture are served, and its budget of tokens.
         chat_template: packaged chat template or a jinja file; null takes the language model's own.
     """
 
-    vision_encoder: VisionEncoderConfig
-    connector: ConnectorConfig
-    language_model: str
+    vision_encoder: VisionEncoderConfig | None = None
+    connector: ConnectorConfig | None = None
+    language_model: str | None = None
+    start_from: str | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     adapter: PeftConfig | None = None
     gate: Literal["none", "sample"] = "none"
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     chat_template: str | None = None
+
+    def __post_init__(self):
+        parts = ("vision_encoder", "connector", "language_model")
+        if self.start_from is None:
+            if missing := [name for name in parts if getattr(self, name) is None]:
+                raise ValueError(
+                    f"model lacks {', '.join(missing)}; set it, or model.start_from to a bridge."
+                )
+            return
+        own = [name for name in (*parts, "revision") if getattr(self, name) is not None]
+        own += ["resolution"] if self.resolution != ResolutionConfig() else []
+        if own:
+            raise ValueError(
+                f"model.start_from brings the parts of {self.start_from}; leave out "
+                f"{', '.join(own)}."
+            )
 
 
 @dataclass
@@ -172,7 +192,8 @@ class RunConfig:
 
     def __post_init__(self):
         for name, part in (("data.replay", self.data.replay), ("retention", self.retention)):
-            if part is not None and None in (self.model.adapter, self.instruct):
+            adapter = self.model.adapter or self.model.start_from
+            if part is not None and None in (adapter, self.instruct):
                 raise ValueError(
                     f"{name} is about the adapter in stage instruct; set model.adapter and "
                     f"instruct, or set {name} to null."

@@ -32,6 +32,11 @@ class ConversationDataset(Dataset):
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
         seed: int = 0, branch_limit: int | None = None,
     ):  # fmt: skip
+        if chats_per_sample > 1 and processor.qformer_tokenizer is not None:
+            raise ValueError(
+                f"data.chats_per_sample is {chats_per_sample}, but this connector reads the "
+                "question beside the image, so questions cannot share image tokens; set it to 1."
+            )
         self.task, self.processor, self.branch_limit = task, processor, branch_limit
         self.rows = task.rows(split)
         self.held_out = hold_out(task, self.rows, held_out, seed)

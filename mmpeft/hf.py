@@ -69,15 +69,16 @@ def _mlp(name, config, tensors):
             f"{name} has projector_hidden_act {config.projector_hidden_act!r}; only 'gelu' can be "
             "imported."
         )
+    hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
     state = {}
     for theirs, ours in (("linear_1", "layers.0"), ("linear_2", "layers.2")):
-        weight = tensors.get(f"{theirs}.weight")
-        if weight is None:
-            raise ValueError(f"{name} lacks the weight {theirs}.weight of its connector.")
-        # a projector without biases is one whose biases are 0
-        bias = tensors.get(f"{theirs}.bias", torch.zeros(len(weight)))
-        state |= {f"{ours}.weight": weight, f"{ours}.bias": bias}
-    hidden_size = len(tensors["linear_1.weight"])
+        for kind in ("weight", "bias"):
+            if kind == "bias" and not bias:  # none is one of zeros
+                state[f"{ours}.bias"] = torch.zeros(hidden_size)
+            elif f"{theirs}.{kind}" in tensors:
+                state[f"{ours}.{kind}"] = tensors[f"{theirs}.{kind}"]
+            else:
+                raise ValueError(f"{name} lacks the weight {theirs}.{kind} of its connector.")
     return MLPConnectorConfig(standardize=False, hidden_size=hidden_size), state
 
 
@@ -143,7 +144,11 @@ def processor_of(cls, model, max_length: int | None = None, chat_template: str |
     """The ``BridgeProcessor`` (``cls``) of an imported bridge, from the checkpoint's own.
 
     Its image processor, tokenizers and chat template are upstream's, so that pixels and tokens are
-    those that the checkpoint was trained on.
+    those that the checkpoint was trained on. LLaVA's template ends an answer with a space where the
+    training had EOS: to train on, ``chat_template="vicuna"`` teaches the end as well.
+
+    Raises:
+        ValueError: the checkpoint lacks its processor's files.
     """
     from transformers import AutoProcessor
 
@@ -152,8 +157,14 @@ def processor_of(cls, model, max_length: int | None = None, chat_template: str |
     from mmpeft.starter import resolve
 
     source = model.config.processor
-    upstream = AutoProcessor.from_pretrained(resolve(source["name"]), revision=source["revision"])
-    tokenizer = load_tokenizer(source["name"], source["revision"])
+    try:
+        upstream = AutoProcessor.from_pretrained(
+            resolve(source["name"]), revision=source["revision"]
+        )
+        tokenizer = load_tokenizer(source["name"], source["revision"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source['name']}: its processor cannot be loaded: {reason}") from error
     images_first = hasattr(upstream, "num_query_tokens")  # BLIP-2 and InstructBLIP
     image_mark = None
     if chat_template is not None:

@@ -75,8 +75,15 @@ def load_tokenizer(name: str, revision: str | None):
             f"the tokenizer of {name!r} is slow: it cannot tell which characters a token covers. "
             "Save a fast one (tokenizer.json) next to the model."
         )
+    if tokenizer.vocab_size == 0:  # what transformers makes of a directory without its files
+        raise ValueError(f"{name!r} has no tokenizer; put its tokenizer.json next to the model.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, its id never matters
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name!r} has neither pad_token nor eos_token; name them in its "
+            "tokenizer_config.json."
+        )
     return tokenizer
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from mmpeft import adapters
+from mmpeft import adapters, checkpoint
 from mmpeft.config import STAGES, ModelConfig, load
 from mmpeft.language_model import embedding_size, source
+from mmpeft.layout import ResolutionConfig
 from mmpeft.model import BridgeConfig, BridgeForConditionalGeneration
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 states for each trained parameter
@@ -27,6 +28,7 @@ def plan(recipe, overrides: list[str] = ()) -> dict:
         ValueError: a bad recipe, parts that do not fit, or a config that cannot be had.
     """
     config, _ = load(recipe, overrides)
+    config.model = own_parts(config.model)
     model = build_empty(config.model)
     stages = [stage for stage in STAGES if getattr(config, stage) is not None]
     names = part_names(config.model)
@@ -62,6 +64,21 @@ def plan(recipe, overrides: list[str] = ()) -> dict:
     }
 
 
+def own_parts(model: ModelConfig) -> ModelConfig:
+    """The same with the parts of ``start_from`` spelt out."""
+    if model.start_from is None:
+        return model
+    directory = checkpoint.find_checkpoint(model.start_from)
+    parts = checkpoint.saved_parts(BridgeConfig.from_pretrained(directory), directory)
+    language_model = parts.pop("language_model")
+    parts["adapter"] = parts["adapter"] or model.adapter
+    parts["resolution"] = parts["resolution"] or ResolutionConfig()
+    return ModelConfig(
+        **parts | {"gate": model.gate}, language_model=language_model["name"],
+        revision=language_model["revision"], dtype=model.dtype or language_model["dtype"],
+    )  # fmt: skip
+
+
 def part_names(model: ModelConfig) -> dict[str, str | None]:
     """What stands in each part's place: names of frozen models, kinds of what trains."""
     return {
@@ -75,8 +92,8 @@ def part_names(model: ModelConfig) -> dict[str, str | None]:
 def build_empty(model: ModelConfig) -> BridgeForConditionalGeneration:
     """The bridge of a recipe, its parameters on the meta device: shapes and types, no values."""
     with torch.device("meta"):
+        llm = empty_language_model(model.language_model, model.revision, model.dtype or "float32")
         encoder = model.vision_encoder.build(weights=False)
-        llm = empty_language_model(model.language_model, model.revision, model.dtype)
         connector = model.connector.build(encoder.hidden_size, embedding_size(llm))
         if model.adapter is not None:
             llm = adapters.attach_adapter(llm, model.adapter)

@@ -49,7 +49,8 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
         branch_limit=branch_limit(model) if shared else None,
     )  # fmt: skip
     align_data = align_dataset(dataset, config)
-    calibrate(model, align_data)
+    if config.model.start_from is None:  # else it brings its statistics
+        calibrate(model, align_data)
     with_replay = add_replay(dataset, config)
     watch = watch_retention(model, dataset, config)
     if not resume:  # only now: a mistake found so far leaves no folder behind
@@ -98,10 +99,16 @@ def start_run_folder(run: Path, resolved: str) -> None:
 def build(config: RunConfig):
     """Model and processor of a configuration."""
     parts = config.model
-    model = BridgeForConditionalGeneration.from_parts(
-        parts.vision_encoder, parts.connector, parts.language_model, adapter=parts.adapter,
-        gate=parts.gate, dtype=parts.dtype, revision=parts.revision, resolution=parts.resolution,
-    )  # fmt: skip
+    if parts.start_from is not None:
+        model = BridgeForConditionalGeneration.from_pretrained(
+            parts.start_from, dtype=parts.dtype, adapter=parts.adapter, gate=parts.gate
+        )
+    else:
+        model = BridgeForConditionalGeneration.from_parts(
+            parts.vision_encoder, parts.connector, parts.language_model, adapter=parts.adapter,
+            gate=parts.gate, dtype=parts.dtype or "float32", revision=parts.revision,
+            resolution=parts.resolution,
+        )  # fmt: skip
     print(f"images: {model.layout}", file=sys.stderr)
     for stage in (name for name in STAGES if getattr(config, name) is not None):
         adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
@@ -110,11 +117,6 @@ def build(config: RunConfig):
                 f"stage {stage} has nothing to train: this connector has no parameters"
                 + (f"; set {stage} to null." if stage == "align" else "; set model.adapter.")
             )
-    if model.connector.instruction_tokenizer is not None and config.data.chats_per_sample > 1:
-        raise ValueError(
-            f"data.chats_per_sample is {config.data.chats_per_sample}, but this connector reads "
-            "the question beside the image, so questions cannot share image tokens; set it to 1."
-        )
     return model, BridgeProcessor.from_model(model, config.data.max_length, parts.chat_template)
 
 

@@ -54,7 +54,8 @@ def load_config(name: str, revision: str | None = None):
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is no checkpoint of transformers: {_first_line(error)}"
+            f"{name} is no checkpoint directory of transformers and cannot be had from the hub "
+            f"({_first_line(error)})"
         ) from error
     check_supported(name, config)
     return config

@@ -123,3 +123,11 @@ def test_misspelt_on_the_command_line(tmp_path):
 def test_missing_recipe():
     with pytest.raises(FileNotFoundError, match=r"recipe nope.yaml does not exist"):
         config.load("nope.yaml")
+
+
+def test_a_model_without_a_part_says_which(tmp_path):
+    path = write_recipe(tmp_path)
+    lines = [line for line in path.read_text().splitlines() if "MLPConnector" not in line]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="model lacks connector; set it, or model.start_from"):
+        config.load(path)

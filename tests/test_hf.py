@@ -645,11 +645,26 @@ def test_other_kinds_of_checkpoints(folder, llm_dir, tmp_path):
         (tmp_path / "next", "'llava_next' checkpoint; only llava, blip-2, instructblip can be"),
         (llm_dir, "'llama' checkpoint; only llava, blip-2, instructblip can be"),
         (tmp_path / "act", "Q-Former .* has hidden_act 'relu'"),
-        (tmp_path, "is no checkpoint of transformers"),
+        (tmp_path, "is no checkpoint directory of transformers"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             BridgeForConditionalGeneration.from_hf(str(name))
         assert "\n" not in str(error.value)
+
+
+def test_a_missing_query_or_tokenizer_is_named(folder, tmp_path):
+    where = tmp_path / "blip2"
+    shutil.copytree(folder("blip2"), where)
+    model = BridgeForConditionalGeneration.from_hf(str(where))
+    for file in where.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="its processor cannot be loaded"):
+        BridgeProcessor.from_model(model)
+    state = load_file(where / "model.safetensors")
+    del state["query_tokens"]
+    save_file(state, where / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the weight query_tokens of its connector"):
+        BridgeForConditionalGeneration.from_hf(str(where))
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):
@@ -666,6 +681,7 @@ def test_a_missing_shard_is_named(folder, tmp_path):
     [
         ("language_model.model.layers.0.mlp.up_proj.weight", "1 weights of its language model"),
         ("multi_modal_projector.linear_2.weight", "lacks the weight linear_2.weight"),
+        ("multi_modal_projector.linear_1.bias", "lacks the weight linear_1.bias"),
         ("vision_tower.embeddings.class_embedding", "weights miss .*class_embedding"),
     ],
 )

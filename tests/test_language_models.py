@@ -7,7 +7,12 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
@@ -278,6 +283,14 @@ def test_what_is_no_causal_lm_is_refused_in_a_line(tmp_path, model_type, message
     with pytest.raises(ValueError, match=message) as error:
         load_language_model(str(tmp_path), None, "float32")
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_an_end(random_llm, tmp_path):
+    backend = AutoTokenizer.from_pretrained(random_llm("llama")).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    shutil.copy(f"{random_llm('llama')}/config.json", tmp_path)
+    with pytest.raises(ValueError, match="has neither pad_token nor eos_token"):
+        load_tokenizer(str(tmp_path), None)
 
 
 def test_a_directory_without_a_model(tmp_path, random_llm):

@@ -169,3 +169,36 @@ def test_a_mistake_is_named_and_leaves_no_run_folder(recipe):
     with pytest.raises(ValueError, match="language_model 'nobody/nothing' cannot be loaded"):
         train(recipe, ["--model.language_model", "nobody/nothing"])
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_run_starts_from_another_bridge(recipe, make_bridge, tmp_path):
+    """Connector from the bridge, a new adapter on top; nothing is calibrated again."""
+    from peft import LoraConfig
+
+    from mmpeft import BridgeProcessor
+
+    start, processor = make_bridge("none", adapter=None)
+    start.connector.output_scale.fill_(0.7)
+    start.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    text = recipe.read_text()
+    own = [line for line in text.splitlines() if "TimmEnc" in line or "MLPConn" in line]
+    for line in [*own, next(line for line in text.splitlines() if "language_model" in line)]:
+        text = text.replace(line + "\n", "")
+    recipe.write_text(text.replace("model:", f"model:\n  start_from: {tmp_path / 'start'}"))
+    run = train(recipe, ["--instruct.max_steps", "1", "--align", "null"])
+    model, _ = mmpeft.load(run)
+    assert isinstance(model.language_model.peft_config["default"], LoraConfig)
+    assert model.connector.output_scale == torch.tensor(0.7) and model.config.gate == "sample"
+    moved = (model.connector.layers[0].weight - start.connector.layers[0].weight).abs().max()
+    assert 0 < moved < 1e-2
+    assert isinstance(BridgeProcessor.from_model(model), BridgeProcessor)
+
+    again = recipe.with_name("again.yaml")  # goes on with the adapter it finds
+    again.write_text(recipe.read_text().replace(str(tmp_path / "start"), str(run)))
+    options = ["--align", "null", "--output_dir", str(tmp_path / "next")]
+    with pytest.raises(ValueError, match="has an adapter already, trained with gate 'sample'"):
+        train(again, options)
+    train(again, [*options, "--model.adapter", "null"])
+    with pytest.raises(ValueError, match="brings the parts of .*; leave out language_model"):
+        train(again, [*options, "--model.language_model", "other"])

@@ -4,9 +4,10 @@
     python benchmarks/connectors.py labels --train train.jsonl --test test.jsonl --out runs/labels
 
 Every connector is trained with the same encoder, LLM, steps, batches and seed, and scored on the
-same test rows: accuracy of greedy replies, and the mean loss of the reference answers with their
-own picture and with another row's. What the loss gains from the right picture is what the bridge
-sees, also where no two captions are alike. Rows are chats (see tasks/messages.py).
+same test rows: by the accuracy of greedy replies, or, for captions, by the mean loss of the
+reference (nats a token) with its own picture and with another row's. What the loss gains from the
+right picture is what the bridge sees where no two captions are alike. Rows are chats (see
+tasks/messages.py).
 
 Each run is kept in its folder with its result; a second call trains only what is missing. Speed is
 measured at the end, all connectors in turn on the same batches, and should be alone on the machine.
@@ -106,30 +107,30 @@ def losses(model, processor, chats, pictures) -> list[float]:
 
 
 def score(arguments, name: str) -> dict:
-    """Accuracy, and loss with the right and with another picture."""
+    """Accuracy of replies; for captions, loss with the right and with another picture."""
     model, processor = mmpeft.load(arguments.out / name)
     task, rows = test_rows(arguments)
     chats = [task.messages(row) for row in rows]
-    accuracy = None
+    plan = {row.part: row for row in adapters.freeze_plan(model)}
+    result = {
+        "connector": name,
+        "image tokens": model.layout.resolutions[-1].tokens,
+        "trained": plan["connector"].total,
+        "samples": len(rows),
+    }
     if arguments.data != "captions":
         prompts = [chat[:-1] for chat in chats]
         replies = generate_replies(model, processor, prompts, task.max_new_tokens, 64, name)
-        accuracy = statistics.mean(task.score(replies, rows))
+        return result | {"accuracy": statistics.mean(task.score(replies, rows))}
     pictures = [processor.encode_chat(chat)[1] for chat in chats]
     others = pictures[1:] + pictures[:1]  # the rows are in random order
     right, wrong = (losses(model, processor, chats, p) for p in (pictures, others))
     gains = [w - r for r, w in zip(right, wrong, strict=True)]
-    plan = {row.part: row for row in adapters.freeze_plan(model)}
-    return {
-        "connector": name,
-        "image tokens": model.layout.resolutions[-1].tokens,
-        "trained": plan["connector"].total,
-        "accuracy": accuracy,
+    return result | {
         "loss": statistics.mean(right),
         "another picture": statistics.mean(wrong),
         "gain": statistics.mean(gains),
         "gain_stderr": statistics.stdev(gains) / len(gains) ** 0.5,
-        "samples": len(rows),
     }
 
 
@@ -161,19 +162,16 @@ def speeds(arguments, names, repeats: int = 5) -> dict[str, float]:
 
 def table(results: list[dict]) -> str:
     """The results as a table in Markdown, best first."""
+    shown = {"accuracy": "{:.1%}", "samples/s": "{:.1f}", "trained": "{:,}", "image tokens": "{}"}
+    columns = [column for column in COLUMNS if results[0].get(column) is not None]
 
-    def text(key, result):
-        value = result[key]
-        if value is None:
-            return ""
-        if key == "gain":
-            return f"{value:.3f} ± {1.96 * result['gain_stderr']:.3f}"
-        shown = {"accuracy": "{:.1%}", "samples/s": "{:.1f}", "trained": "{:,}"}
-        return shown.get(key, "{}" if isinstance(value, int) else "{:.3f}").format(value)
+    def text(column, result):
+        written = shown.get(column, "{:.3f}").format(result[column])
+        return written + (f" ± {1.96 * result['gain_stderr']:.3f}" if column == "gain" else "")
 
-    lines = ["| connector | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for result in sorted(results, key=lambda r: (-(r["accuracy"] or 0), r["loss"])):
-        cells = " | ".join(text(key, result) for key in COLUMNS)
+    lines = ["| connector | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for result in sorted(results, key=lambda r: (-r.get("accuracy", 0), -r.get("gain", 0))):
+        cells = " | ".join(text(column, result) for column in columns)
         lines.append(f"| {result['connector']} | {cells} |")
     return "\n".join(lines)
 

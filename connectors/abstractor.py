@@ -34,6 +34,11 @@ class AbstractorConnectorConfig(ConnectorConfig):
     num_attention_heads: int = 16
     intermediate_size: int | None = None
 
+    def __post_init__(self):
+        for name in ("num_query_tokens", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"abstractor: {name} is {getattr(self, name)}; at least 1.")
+
     def build(self, vision_size, llm_size):
         if vision_size % self.num_attention_heads:
             raise ValueError(

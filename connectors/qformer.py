@@ -70,6 +70,9 @@ class QFormerConnectorConfig(ConnectorConfig):
     tokenizer: str | None = None
 
     def __post_init__(self):
+        for name in ("num_query_tokens", "cross_attention_frequency", *_SIZES):
+            if getattr(self, name) < 1:
+                raise ValueError(f"qformer: {name} is {getattr(self, name)}; at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"qformer: num_attention_heads {self.num_attention_heads} does not divide "
@@ -294,10 +297,12 @@ def _inject_lora(qformer, config):
 
 
 def _tokenizer(config) -> dict:
+    limit = {"model_max_length": config.max_position_embeddings}
     if name := config.tokenizer or config.text_encoder:
-        return {"pretrained_model_name_or_path": name}
+        return {"pretrained_model_name_or_path": name, **limit}
     return {
         "pretrained_model_name_or_path": config.pretrained, "subfolder": "qformer_tokenizer",
+        **limit,
     }  # fmt: skip
 
 
@@ -336,12 +341,17 @@ class _Weights:
     def __init__(self, source, option):
         self.source, self.option, self.files = source, option, {}
         if index := _find(source, "model.safetensors.index.json"):
-            self.shards = json.loads(Path(index).read_text())["weight_map"]
+            try:
+                self.shards = dict(json.loads(Path(index).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{option}: {index} is no index of shards; fetch it again."
+                ) from error
         else:
             self.shards = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
 
     def _open(self, shard):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if shard not in self.files:
             path = _find(self.source, shard)
@@ -349,7 +359,13 @@ class _Weights:
                 raise ValueError(
                     f"{self.option}: {self.source} misses {shard}; only safetensors are read."
                 )
-            self.files[shard] = safe_open(path, framework="pt")
+            try:
+                self.files[shard] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{self.option}: {path} is damaged, or a pointer instead of the file "
+                    f"({error}); fetch it again."
+                ) from error
         return self.files[shard]
 
     def __contains__(self, name):

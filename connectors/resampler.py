@@ -38,6 +38,9 @@ class ResamplerConnectorConfig(ConnectorConfig):
     num_key_value_heads: int = 4
 
     def __post_init__(self):
+        for name in ("num_query_tokens", "depth", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"resampler: {name} is {getattr(self, name)}; at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"resampler: num_key_value_heads {self.num_key_value_heads} does not divide "

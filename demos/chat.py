@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers import TextIteratorStreamer
 
+from mmpeft.language_model import context_length
+
 SIDES = ("bridge", "base LLM")
 FAILED = "No reply; this turn is left out of the chat"
 # the share button works on Hugging Face Spaces alone; the chosen side fades under the mouse pointer
@@ -114,7 +116,7 @@ def stream_reply(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
     length = inputs["input_ids"].shape[1]
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and length + max_new_tokens > context:
         raise ValueError(
             f"the chat has {length} tokens, so a reply of {max_new_tokens} does not fit the "
@@ -187,7 +189,7 @@ def _parts(content) -> list[dict]:
         return [part for item in content for part in _parts(item)]
     if content.get("type") == "text":
         return _parts(content["text"])
-    if content.get("type") == "image":
+    if content.get("type") in ("image", "video"):
         return [content]
     return [{"type": "image", "image": content.get("file", content)["path"]}]
 
@@ -204,10 +206,13 @@ def find_examples(run) -> list[dict]:
     random.Random(0).shuffle(rows)  # neighbours often share a picture
     examples = []
     for row in {task.question_type(row): row for row in rows}.values():
-        parts = _parts(task.messages(row)[0]["content"])
+        messages = task.messages(row)
+        first = next((m for m in messages if m["role"] == "user"), messages[0])
+        parts = _parts(first["content"])
         text = " ".join(part["text"] for part in parts if part["type"] == "text")
         files = [part["image"] for part in parts if part["type"] == "image"]
-        if all(isinstance(file, str) for file in files):
+        clips = any(part["type"] == "video" for part in parts)  # the page takes images alone
+        if not clips and all(isinstance(file, str) for file in files):
             examples.append({"text": text, "files": files})
     return examples
 

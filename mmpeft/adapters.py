@@ -1,5 +1,6 @@
 """Put a peft method on the LLM, decide what trains, and say so."""
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass
@@ -10,29 +11,67 @@ from transformers.pytorch_utils import Conv1D
 # what peft adapts by default, for LLMs that it has no entry for: query and value, or all in one
 ATTENTION = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
+# ways to start LoRA that take what it begins with out of the frozen weights
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# options of peft that a bridge cannot keep its word with: they train or change the LLM's own
+# parameters, which stay frozen here, or pick layers by names that are full paths by then
+UNSERVED = {
+    "modules_to_save": "trains modules of the LLM, which stays frozen; leave it out",
+    "trainable_token_indices": "trains embeddings of the LLM, which stays frozen; leave it out",
+    "layer_replication": "makes another LLM of it; leave it out",
+    "layers_to_transform": "is not read; write target_modules as a regular expression that matches "
+    "the full names, for example '.*layers\\.[01]\\..*q_proj'",
+}
+
 
 def attach_adapter(language_model: nn.Module, adapter):
     """Wrap a frozen causal LM in a ``PeftModel``; targets become full paths inside this LLM.
 
     Args:
-        adapter: a peft config. ``target_modules`` may be peft's own default (``None``), names
-            like ``q_proj``, a regular expression, or ``"all-linear"``. GPT-2's ``Conv1D`` layers
-            count as linear.
+        adapter: a peft config, which stays as it is. ``target_modules`` may be peft's own default
+            (``None``), names like ``q_proj``, a regular expression, or ``"all-linear"``. GPT-2's
+            ``Conv1D`` layers count as linear.
 
     Raises:
-        ValueError: a target names no linear layer of this LLM.
+        ValueError: a target names no linear layer of this LLM, or the adapter would be more than an
+            addition to the frozen LLM.
     """
     from peft import get_peft_model
 
+    _require_addition(adapter)
+    adapter = copy.deepcopy(adapter)
     if hasattr(adapter, "target_modules"):
         adapter.target_modules = resolve_targets(language_model, adapter.target_modules)
         layers = [language_model.get_submodule(name) for name in adapter.target_modules]
-        if hasattr(adapter, "fan_in_fan_out") and all(isinstance(x, Conv1D) for x in layers):
+        conv = bool(layers) and all(isinstance(layer, Conv1D) for layer in layers)
+        if conv and hasattr(adapter, "fan_in_fan_out"):
             adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
     # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
     causal = adapter.task_type or "CAUSAL_LM"
     adapter.task_type = None if language_model.config.model_type == "mpt" else causal
     return get_peft_model(language_model, adapter)
+
+
+def _require_addition(adapter) -> None:
+    """Refuse what would change the LLM itself, or be dropped without a word."""
+    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+        raise ValueError(
+            f"adapter {type(adapter).__name__} puts learned prompts in front of the text, which a "
+            "bridge does not serve; choose one that adapts layers, for example LoraConfig."
+        )
+    for option, reason in UNSERVED.items():
+        if value := getattr(adapter, option, None):
+            raise ValueError(f"adapter: {option} {value!r} {reason}.")
+    if (bias := getattr(adapter, "bias", "none")) != "none":
+        raise ValueError(
+            f"adapter: bias {bias!r} trains biases of the LLM, which stays frozen; set bias: none."
+        )
+    start = getattr(adapter, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"adapter: init_lora_weights {start!r} changes the frozen weights, and the base LLM "
+            "could not be had back; set true, gaussian or orthogonal."
+        )
 
 
 def resolve_targets(language_model: nn.Module, targets) -> list[str]:

@@ -41,7 +41,8 @@ class ModelConfig:
             adapter that start_from has.
         gate: where the adapter acts: none (everywhere) or sample (only rows with an image).
         resolution: how the size and shape of a picture are served, and its budget of tokens.
-        chat_template: packaged chat template or a jinja file; null takes the language model's own.
+        chat_template: packaged chat template or a jinja file; null takes the language model's own,
+            or that of start_from.
     """
 
     vision_encoder: VisionEncoderConfig | None = None

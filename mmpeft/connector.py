@@ -49,7 +49,7 @@ class Connector(nn.Module):
 
     frozen: frozenset[str] = frozenset()
     frozen_source: str | None = None
-    instruction_tokenizer: dict[str, str] | None = None
+    instruction_tokenizer: dict | None = None
 
     def __init__(self, config: ConnectorConfig, vision_size: int, llm_size: int):
         super().__init__()

@@ -74,8 +74,8 @@ class ConversationDataset(Dataset):
         check_chat(messages, where)
         try:
             encoded, pictures = self.processor.encode_chat(messages)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{where}: {error}") from None
         if messages[-1].get("unfinished"):
             leave_open(encoded["labels"], self.processor.tokenizer)
         if all(label == -100 for label in encoded["labels"]):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.data import check_chat
-from mmpeft.task import Task
+from mmpeft.task import Task, parts, pictures, words
 
 SCHEMA = "mmpeft.eval/1"
 
@@ -44,8 +44,8 @@ def evaluate(
 
     prompts = [chat[:-1] for chat in chats]
     replies, right = score(prompts, "bridge")
-    _, withheld = score([_with_image(prompt, None) for prompt in prompts], "image withheld")
-    _, shuffled = score(_shuffle_images(prompts, seed), "image shuffled")
+    _, withheld = score([_with_picture(prompt, None) for prompt in prompts], "image withheld")
+    _, shuffled = score(_shuffle_pictures(prompts, seed), "image shuffled")
     majority = task.score(_majority_answers(task, chats), rows)
     controls = {"majority": majority, "image_withheld": withheld, "image_shuffled": shuffled}
 
@@ -59,8 +59,8 @@ def evaluate(
         {
             "row": number,
             "type": kind,
-            "question": _text(prompt),
-            "reference": chat[-1]["content"],
+            "question": words(*prompt),
+            "reference": words(chat[-1]),
             "reply": reply,
             "right": bool(is_right),
         }
@@ -96,7 +96,7 @@ def score_rows(model, processor, task: Task, *, samples: int | None, seed: int =
 @torch.inference_mode()
 def generate_replies(model, processor, prompts, max_new_tokens, batch_size, name) -> list[str]:
     """Greedy replies to chats, batched by length of text, in the order of ``prompts``."""
-    order = sorted(range(len(prompts)), key=lambda i: len(_text(prompts[i])))
+    order = sorted(range(len(prompts)), key=lambda i: len(words(*prompts[i])))
     replies = [""] * len(prompts)
     for start in tqdm(
         range(0, len(order), batch_size), desc=name, unit="batch", disable=name is None
@@ -133,38 +133,25 @@ def _only(right, controls, keep):
     return pick(right), {name: pick(scores) for name, scores in controls.items()}
 
 
-def _parts(message):
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _text(prompt) -> str:
-    return " ".join(p["text"] for m in prompt for p in _parts(m) if p["type"] == "text")
-
-
-def _with_image(prompt, image):
-    """The prompt with every image replaced, or removed when ``image`` is ``None``."""
+def _with_picture(prompt, picture):
+    """The prompt with every image and clip replaced, or removed when ``picture`` is ``None``."""
     return [
         message
         | {
             "content": [
-                part if part["type"] != "image" else {"type": "image", "image": image}
-                for part in _parts(message)
-                if part["type"] != "image" or image is not None
+                picture if part["type"] in ("image", "video") else part
+                for part in parts(message)
+                if part["type"] not in ("image", "video") or picture is not None
             ]
         }
         for message in prompt
     ]
 
 
-def _first_image(prompt):
-    parts = (part for message in prompt for part in _parts(message))
-    return next((part["image"] for part in parts if part["type"] == "image"), None)
-
-
-def _shuffle_images(prompts, seed):
-    """Every prompt with the image of another prompt, never its own if there is another."""
-    images = [_first_image(prompt) for prompt in prompts]
+def _shuffle_pictures(prompts, seed):
+    """Every prompt with the picture of another prompt, never its own if there is another."""
+    seeing = [i for i, prompt in enumerate(prompts) if pictures(*prompt)]
+    images = [pictures(*prompts[i])[0] for i in seeing]
     pool = images.copy()
     random.Random(seed).shuffle(pool)
     for i in range(len(pool)):  # swap away what landed on its own picture
@@ -173,7 +160,11 @@ def _shuffle_images(prompts, seed):
                 if pool[j] != images[i] and images[j] != pool[i]:
                     pool[i], pool[j] = pool[j], pool[i]
                     break
-    return [_with_image(prompt, image) for prompt, image in zip(prompts, pool, strict=True)]
+    others = dict(zip(seeing, pool, strict=True))
+    return [
+        _with_picture(prompt, others[i]) if i in others else prompt
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _majority_answers(task, chats) -> list[str]:
@@ -181,9 +172,9 @@ def _majority_answers(task, chats) -> list[str]:
     by_question, overall = {}, Counter()
     for row in task.rows("train"):
         chat = task.messages(row)
-        by_question.setdefault(_text(chat[:-1]), Counter())[chat[-1]["content"]] += 1
-        overall[chat[-1]["content"]] += 1
-    return [by_question.get(_text(chat[:-1]), overall).most_common(1)[0][0] for chat in chats]
+        by_question.setdefault(words(*chat[:-1]), Counter())[words(chat[-1])] += 1
+        overall[words(chat[-1])] += 1
+    return [by_question.get(words(*chat[:-1]), overall).most_common(1)[0][0] for chat in chats]
 
 
 def evaluate_run(run, task: Task, **options) -> dict:

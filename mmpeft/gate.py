@@ -62,7 +62,7 @@ class Gate:
 
 def _adapter_contributions(language_model):
     """The modules whose output a plain LoRA layer adds to its frozen layer."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = False
@@ -70,7 +70,9 @@ def _adapter_contributions(language_model):
         if not isinstance(layer, BaseTunerLayer):
             continue
         variants = getattr(layer, "lora_variant", {})
-        if not isinstance(layer, LoraLayer) or len(variants) or len(layer.lora_embedding_B):
+        # ParamWrapper (target_parameters) adds to the weight: its lora_B is never called
+        plain = isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+        if not plain or len(variants) or len(layer.lora_embedding_B):
             raise ValueError(
                 f"gate 'sample' serves plain LoRA on linear layers; {name} is "
                 f"{type(layer).__name__} {list(variants) or ''}. Use gate 'none' with this adapter."

@@ -8,6 +8,7 @@ adapter, trains, saves and loads as every other bridge.
 import torch
 
 from mmpeft import checkpoint, vlm
+from mmpeft.weights import first_line
 
 # BLIP-2 and InstructBLIP have no chat format: words follow each other as they are, and what the
 # assistant wrote ends with END, the token their LLM was trained to stop at.
@@ -163,8 +164,9 @@ def processor_of(cls, model, max_length: int | None = None, chat_template: str |
         )
         tokenizer = load_tokenizer(source["name"], source["revision"])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source['name']}: its processor cannot be loaded: {reason}") from error
+        raise ValueError(
+            f"{source['name']}: its processor cannot be loaded: {first_line(error)}"
+        ) from error
     images_first = hasattr(upstream, "num_query_tokens")  # BLIP-2 and InstructBLIP
     image_mark = None
     if chat_template is not None:
@@ -179,6 +181,9 @@ def processor_of(cls, model, max_length: int | None = None, chat_template: str |
         add_special_tokens=True, image_mark=image_mark, images_first=images_first,
     )  # fmt: skip
     processor.qformer_tokenizer = getattr(upstream, "qformer_tokenizer", None)
+    if processor.qformer_tokenizer is not None:
+        limit = model.connector.config.max_position_embeddings
+        processor.qformer_tokenizer.model_max_length = limit
     return processor
 
 

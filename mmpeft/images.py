@@ -28,7 +28,7 @@ def image_size(source, what: str = "image") -> tuple[int, int]:
     """Height and width of the upright image, from its header alone; sources as ``load_image``."""
     image, what = _open(source, what)
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 

@@ -5,11 +5,12 @@ holds nothing but one, or ``owner/name/file.gguf`` on the hub), which is read de
 """
 
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from mmpeft.weights import NO_SAFETENSORS, first_line, readable, weight_map
 
 # what configs call the longest sequence they were made for
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
@@ -39,21 +40,27 @@ def load_language_model(name: str, revision: str | None, dtype: str):
             path = where["pretrained_model_name_or_path"]
             return vlm_part(path, config, revision=revision, dtype=getattr(torch, dtype))
         _require_causal(name, config)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=getattr(torch, dtype), use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with readable(name):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **where, config=config, dtype=getattr(torch, dtype), use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except OSError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
+        if "safetensors" in reason:  # it is there, but not its weights
+            raise ValueError(
+                f"language_model {name!r} has no model.safetensors; only safetensors are read. "
+                f"{NO_SAFETENSORS}"
+            ) from error
         raise ValueError(
             f"language_model {name!r} cannot be loaded: it is no local model directory, no starter "
             f"model and cannot be had from the hub ({reason})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: weights of other shapes
         if str(error).startswith("language_model "):
             raise
         raise ValueError(
-            f"language_model {name!r} cannot be loaded: {_first_line(error)}"
+            f"language_model {name!r} cannot be loaded: {first_line(error)}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -69,7 +76,12 @@ def load_tokenizer(name: str, revision: str | None):
     """The tokenizer of a language model, padding on the left, always with a pad token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(**source(name, revision), padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source(name, revision), padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of {name!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer of {name!r} is slow: it cannot tell which characters a token covers. "
@@ -119,7 +131,7 @@ def _require_files(name: str, folder: Path) -> None:
     """Refuse a directory that lacks a shard, or has its weights pickled only."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(weight_map(index).values()))
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise ValueError(
                 f"language_model {name!r} misses {', '.join(missing)} of {len(shards)} shards: "
@@ -168,10 +180,6 @@ def _as_dense(model) -> None:
     ):  # fmt: skip
         if hasattr(owner, mark):
             delattr(owner, mark)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------- facts

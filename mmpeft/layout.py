@@ -84,20 +84,22 @@ class ImageLayout:
                 yield Resolution(rows * height, columns * width, self._tile_tokens(rows, columns))
 
     def _native(self):
-        (sh, sw), (h, w) = self.encoder.stride, self.encoder.grid
-        most = h * w * self.config.max_area
+        (sh, sw), (height, width) = self.encoder.stride, self.size
+        most = (height // sh) * (width // sw) * self.config.max_area
         reason = None
         found = False
         for rows in range(1, most + 1):
             narrow, wide = -(-rows // LONGEST_SIDE), min(rows * LONGEST_SIDE, most // rows)
             for columns in range(narrow, wide + 1):
+                size = rows * sh, columns * sw
                 try:
-                    tokens = self._native_tokens((rows, columns))
+                    # not (rows, columns) where the encoder pools, or joins several sequences
+                    tokens = self._native_tokens(self.encoder.grid_of(*size))
                 except ValueError as error:  # the connector folds the map by a factor
                     reason = error
                     continue
                 found = True
-                yield Resolution(rows * sh, columns * sw, tokens)
+                yield Resolution(*size, tokens)
         if not found:
             raise reason
 

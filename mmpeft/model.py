@@ -226,6 +226,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if image_features is None:
             image_features = self.encode_images(pixel_values, image_sizes)
         sizes = self.layout.sizes(image_sizes, len(image_features))
+        if qformer_input_ids is not None and qformer_attention_mask is None:
+            qformer_attention_mask = torch.ones_like(qformer_input_ids)
         texts = {"input_ids": qformer_input_ids, "attention_mask": qformer_attention_mask}
         embeds = [None] * len(image_features)
         native = self.layout.config.mode == "native"

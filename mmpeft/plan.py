@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from mmpeft import adapters, checkpoint
+from mmpeft import adapters, checkpoint, vlm
 from mmpeft.config import STAGES, ModelConfig, load
 from mmpeft.language_model import embedding_size, source
 from mmpeft.layout import ResolutionConfig
 from mmpeft.model import BridgeConfig, BridgeForConditionalGeneration
+from mmpeft.weights import first_line
 
 OPTIMIZER_BYTES = 8  # AdamW keeps two float32 states for each trained parameter
 
@@ -117,8 +118,10 @@ def empty_language_model(name: str, revision: str | None, dtype: str):
     except OSError as error:
         raise ValueError(
             f"the config of language_model {name!r} is neither in a local folder nor in the hub's "
-            f"cache, and cannot be fetched ({str(error).strip().splitlines()[0]})"
+            f"cache, and cannot be fetched ({first_line(error)})"
         ) from error
+    if vlm.is_vlm(config):
+        config = vlm.llm_config(name, config)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return llm.requires_grad_(False)

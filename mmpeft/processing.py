@@ -292,13 +292,23 @@ class BridgeProcessor(ProcessorMixin):
         """Model inputs of images: pixels, sizes, and the words beside them where they are read.
 
         ``where`` opens error messages, for example ``"data.jsonl line 3: "``.
+
+        Raises:
+            ValueError: an image cannot be read, or the words beside it are too many.
         """
         loaded = [load_image(p.source, f"{where}image {n}") for n, p in enumerate(pictures, 1)]
         inputs = dict(self.image_processor(loaded, return_tensors="pt"))
         if self.qformer_tokenizer is not None:
             texts = self.qformer_tokenizer(
-                [picture.instruction for picture in pictures], padding=True, return_tensors="pt"
-            )
+                [picture.instruction for picture in pictures], padding=True, return_tensors="pt",
+                verbose=False,
+            )  # fmt: skip
+            width, limit = texts["input_ids"].shape[1], self.qformer_tokenizer.model_max_length
+            if width > limit:
+                raise ValueError(
+                    f"{where}the words beside an image are {width} tokens; the Q-Former reads at "
+                    f"most {limit}. Shorten them."
+                )
             inputs["qformer_input_ids"] = texts["input_ids"]
             inputs["qformer_attention_mask"] = texts["attention_mask"]
         return inputs
@@ -402,12 +412,16 @@ class _Chat:
         if part.get("type") == "text":
             return [self._special.sub(lambda m: self._swap("literal", m.group()), part["text"])]
         if part.get("type") == "image":
-            source = next((part[k] for k in ("image", "path", "url", "base64") if k in part), None)
-            if source is not None:
+            if (source := _source(part, "image")) is not None:
                 self.pictures.append(Picture(source, words))
             return [None]
         if part.get("type") == "video":
-            frames = load_frames(part["video"], self._num_frames)
+            if (clip := _source(part, "video")) is None:
+                raise ValueError(
+                    "a message part of type 'video' has no clip; give its frames, or an animated "
+                    "image file, as 'video'."
+                )
+            frames = load_frames(clip, self._num_frames)
             self.pictures += [Picture(frame, words) for frame in frames]
             return [None] * len(frames)
         kind = part.get("type")
@@ -450,6 +464,13 @@ class _Chat:
                 "use tokenize=True."
             )
         return text
+
+
+def _source(part: dict, kind: str):
+    """Where the picture or clip of a part is, under any of the names transformers has for it."""
+    if "base64" in part:
+        return f"data:;base64,{part['base64']}"
+    return next((part[key] for key in (kind, "path", "url") if key in part), None)
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str) -> list[list[int]]:

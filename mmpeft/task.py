@@ -46,9 +46,27 @@ class Task:
     def score(self, replies: list[str], rows: Sequence[dict]) -> list[float]:
         """1.0 where the reply is right; by default, where it equals the reference answer."""
         return [
-            float(normalize(reply) == normalize(self.messages(row)[-1]["content"]))
+            float(normalize(reply) == normalize(words(self.messages(row)[-1])))
             for reply, row in zip(replies, rows, strict=True)
         ]
+
+
+def parts(message: dict) -> list[dict]:
+    """What a message consists of, whichever way it is written."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def words(*messages: dict) -> str:
+    """The text of messages, without their pictures."""
+    every = [part for message in messages for part in parts(message)]
+    return " ".join(part["text"] for part in every if part["type"] == "text")
+
+
+def pictures(*messages: dict) -> list[dict]:
+    """The image and video parts of messages."""
+    every = [part for message in messages for part in parts(message)]
+    return [part for part in every if part["type"] in ("image", "video")]
 
 
 def normalize(text: str) -> str:

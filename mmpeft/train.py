@@ -117,7 +117,12 @@ def build(config: RunConfig):
                 f"stage {stage} has nothing to train: this connector has no parameters"
                 + (f"; set {stage} to null." if stage == "align" else "; set model.adapter.")
             )
-    return model, BridgeProcessor.from_model(model, config.data.max_length, parts.chat_template)
+    processor = BridgeProcessor.from_model(model, config.data.max_length, parts.chat_template)
+    if parts.start_from is not None and parts.chat_template is None:  # goes on as it was taught
+        max_length = processor.max_length
+        processor = BridgeProcessor.from_pretrained(checkpoint.find_checkpoint(parts.start_from))
+        processor.max_length = max_length
+    return model, processor
 
 
 def align_dataset(dataset: ConversationDataset, config: RunConfig) -> ConversationDataset:
@@ -147,8 +152,10 @@ def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> Non
     features = []
     for index in range(0, len(dataset), step):
         sample = dataset[index]
-        if "pixel_values" in sample:
-            features.append(model.vision_encoder(_at_own_size(model, sample)).float())
+        if "pixel_values" in sample:  # one picture, or one tile, of each sample
+            pixel_values = _at_own_size(model, sample)
+            own = pixel_values[len(features) % len(pixel_values)].unsqueeze(0)
+            features.append(model.vision_encoder(own).float())
         if len(features) == num_images:
             break
     if features:

@@ -6,12 +6,13 @@ asked for are read, from safetensors, in one file or in shards; the keys may be 
 transformers 4 wrote or those of transformers 5.
 """
 
-import json
 import re
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from mmpeft.weights import first_line, readable, weight_files
 
 # Checkpoint keys of the LLM to its own keys. A LLaVA directory holds it without the class of a
 # causal LM around it: {base} and {head} are what that class calls its parts.
@@ -55,7 +56,7 @@ def load_config(name: str, revision: str | None = None):
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is no checkpoint directory of transformers and cannot be had from the hub "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     check_supported(name, config)
     return config
@@ -76,14 +77,19 @@ def check_supported(name: str, config) -> None:
         )
 
 
+def llm_config(name: str, config):
+    """The LLM's own config, out of that of the checkpoint."""
+    check_supported(name, config)
+    if config.model_type == "llava":  # there the outer config says whether embeddings are tied
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings
+    return config.text_config
+
+
 def load_language_model(name: str, config, *, revision=None, dtype=torch.float32):
     """The LLM as a causal LM, with the vocabulary it has in the checkpoint."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    check_supported(name, config)
-    text_config = config.text_config
-    if config.model_type == "llava":  # there the outer config says whether embeddings are tied
-        text_config.tie_word_embeddings = config.tie_word_embeddings
+    text_config = llm_config(name, config)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(text_config)
     head = empty.get_output_embeddings()
@@ -93,7 +99,8 @@ def load_language_model(name: str, config, *, revision=None, dtype=torch.float32
     }
     keys = {k: v.format(**names) for k, v in _LANGUAGE_MODEL[config.model_type].items()}
     weight_files(name, revision)
-    with _quiet():  # the weights of the other parts would be reported as unexpected
+    # the weights of the other parts would be reported as unexpected
+    with _quiet(), readable(name):
         model, found = type(empty).from_pretrained(
             name, config=text_config, revision=revision, dtype=dtype, use_safetensors=True,
             key_mapping=keys, output_loading_info=True,
@@ -119,43 +126,13 @@ def read_connector(name: str, config, *, revision=None) -> dict[str, Tensor]:
     start = re.compile(_CONNECTOR[config.model_type])
     tensors = {}
     for file in weight_files(name, revision):
-        with safe_open(file, "pt") as opened:
+        with readable(name), safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (no mapping)
                 if match := start.match(key):
                     tensors[key[match.end() :]] = opened.get_tensor(key).float()
     if not tensors:
         raise ValueError(f"{name} holds no weights of the connector; is the download complete?")
     return tensors
-
-
-def weight_files(name: str, revision: str | None = None) -> list[str]:
-    """The safetensors files of a directory or hub name, one or all shards.
-
-    Raises:
-        ValueError: there are none, or a shard is missing.
-    """
-    from pathlib import Path
-
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    def find(file):
-        return cached_file(
-            name, file, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-
-    if single := find("model.safetensors"):
-        return [single]
-    index = find("model.safetensors.index.json")
-    if index is None:
-        raise ValueError(f"{name} has no model.safetensors; only safetensors are read.")
-    try:
-        files, _ = get_checkpoint_shard_files(name, index, revision=revision)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name}: {_first_line(error)}") from error
-    for file in files:
-        if not Path(file).is_file():
-            raise ValueError(f"{name} lacks the shard {Path(file).name}; download it again.")
-    return files
 
 
 @contextmanager
@@ -168,7 +145,3 @@ def _quiet():
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _first_line(error) -> str:
-    return str(error).strip().splitlines()[0]

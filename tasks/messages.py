@@ -59,16 +59,19 @@ class Messages(Task):
             if isinstance(content, list):
                 content = [dict(part) for part in content]
                 for part in content:
-                    if part.get("type") == "video":
-                        part["video"] = _clip_beside(row["folder"], part.get("video"))
-                    if part.get("type") != "image":
+                    kind = part.get("type")
+                    if kind not in ("image", "video"):
                         continue
-                    marks += 1
-                    if given is not None:
-                        part["image"] = next(given, None)
-                        missing += part["image"] is None
-                    if isinstance(part.get("image"), str):
-                        part["image"] = _beside(row["folder"], part["image"])
+                    for other in ("path", "url"):  # as transformers also writes it
+                        if other in part:
+                            part.setdefault(kind, part.pop(other))
+                    if kind == "image":
+                        marks += 1
+                        if given is not None:
+                            part["image"] = next(given, None)
+                            missing += part["image"] is None
+                    if kind in part:
+                        part[kind] = _beside(row["folder"], part[kind])
             chat.append(message | {"content": content})
         if given is not None and (missing or marks != len(row["images"])):
             raise ValueError(
@@ -97,13 +100,9 @@ def _read(path: Path, number: int, line: str) -> dict:
     }
 
 
-def _clip_beside(folder: str, clip):
-    if isinstance(clip, list):
-        return [_beside(folder, frame) for frame in clip]
-    return _beside(folder, clip)
-
-
-def _beside(folder: str, image: str) -> str:
-    if image.startswith(("data:", "http://", "https://")):
+def _beside(folder: str, image):
+    if isinstance(image, list):  # frames of a clip
+        return [_beside(folder, frame) for frame in image]
+    if not isinstance(image, str) or image.startswith(("data:", "http://", "https://")):
         return image
     return str(Path(folder) / image)

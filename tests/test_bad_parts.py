@@ -30,7 +30,8 @@ VISION = "--model.vision_encoder.init_args"
         (["--model.connector", "PixelShuffleConnectorConfig", f"{VISION}.tokens", "all"],
          ["prefix", "tokens: patch"]),
         (["--model.connector", "IdentityConnectorConfig", "--model.language_model", "WIDE",
-          "--model.adapter", "null", "--model.gate", "none"], ["stage align has nothing to train", "set align to null"]),
+          "--model.adapter", "null", "--model.gate", "none"],
+         ["stage align has nothing to train", "set align to null"]),
         (["--model.language_model", "TORN"], ["model-00002-of-", "missing"]),
     ],
 )  # fmt: skip

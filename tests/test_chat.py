@@ -214,6 +214,14 @@ def test_a_chat_that_leaves_no_room_for_the_reply_is_refused(tiny):
         next(chat.stream_reply(model, processor, [user("hello")], max_new_tokens=500))
 
 
+def test_the_context_is_known_by_any_of_its_names(tiny):
+    from transformers import MptConfig
+
+    tiny[0].config.text_config = MptConfig(max_seq_len=256)
+    with pytest.raises(ValueError, match="does not fit the context of 256"):
+        next(chat.stream_reply(*tiny, [user("hello")], max_new_tokens=255))
+
+
 def test_an_unknown_side_is_refused(tiny):
     with pytest.raises(ValueError, match=r"side 'basis' is unknown; choose one of bridge, base"):
         next(chat.stream_reply(*tiny, [user("hello")], "basis"))
@@ -296,9 +304,13 @@ def test_examples_are_questions_of_the_task_the_run_learnt(jsonl, tmp_path, monk
     from mmpeft.tasks.messages import Messages
 
     question = {"role": "user", "content": [image("cat.png"), text("what?")]}
-    data = jsonl([{"messages": [question, assistant("a cat")]}] * 2)
+    system = {"role": "system", "content": "Be brief."}
+    data = jsonl([{"messages": [system, question, assistant("a cat")]}] * 2)
     monkeypatch.setattr(config, "task_of_run", lambda run: Messages(test=str(data)))
     assert chat.find_examples("run") == [{"text": "what?", "files": [str(tmp_path / "cat.png")]}]
+    clip = {"role": "user", "content": [{"type": "video", "video": ["a.png"]}, text("what?")]}
+    jsonl([{"messages": [clip, assistant("a cat")]}])
+    assert chat.find_examples("run") == []  # the page takes no clips
     data.unlink()
     assert chat.find_examples("run") == []
     monkeypatch.setattr(config, "task_of_run", lambda run: None)

@@ -211,9 +211,10 @@ def test_whose_tokenizer(tmp_path):
     def named(**options):
         return build(initialize=False, **TINY, instruction=True, **options).instruction_tokenizer
 
+    limit = {"model_max_length": build(**TINY).config.max_position_embeddings}
     key = "pretrained_model_name_or_path"
-    assert named(tokenizer="a", text_encoder="b") == {key: "a"}
-    assert named(text_encoder="b") == {key: "b"}
+    assert named(tokenizer="a", text_encoder="b") == {key: "a", **limit}
+    assert named(text_encoder="b") == {key: "b", **limit}
     arguments = named(pretrained=str(tmp_path), standardize=False)
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "word"]))
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
@@ -342,6 +343,9 @@ def test_on_meta_nothing_is_read(options):
         ({"pretrained": "x", "text_encoder": "y", "standardize": False}, "not both"),
         ({"instruction": True}, "instruction needs a tokenizer"),
         ({"num_attention_heads": 5}, "5 does not divide hidden_size 768"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; at least 1"),
+        ({"num_query_tokens": 0}, "num_query_tokens is 0; at least 1"),
+        ({"cross_attention_frequency": 0}, "cross_attention_frequency is 0; at least 1"),
     ],
 )
 def test_options_that_contradict(options, message):
@@ -396,6 +400,16 @@ def test_a_missing_shard_matters_if_it_holds_the_qformer(blip2, tmp_path):
     save_file(state, folder / shard)
     with pytest.raises(ValueError, match="misses query_tokens, which its index"):
         build(**PRETRAINED, pretrained=str(folder))
+
+
+def test_damaged_files_are_named(bert, tmp_path):
+    folder = shutil.copytree(bert[1], tmp_path / "copy")
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="text_encoder: .*model.safetensors is damaged.*fetch"):
+        build(**TINY, text_encoder=str(folder))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="text_encoder: .*index.json is no index of shards"):
+        build(**TINY, text_encoder=str(folder))
 
 
 def test_a_missing_weight_and_one_of_another_shape(bert, tmp_path):

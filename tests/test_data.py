@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmpeft.data import Collator, ConversationDataset, WithReplay, share_prefix
+from mmpeft.layout import ResolutionConfig
 from mmpeft.task import Task
 from mmpeft.tasks.messages import Messages
 
@@ -180,6 +181,10 @@ def test_the_end_of_an_unfinished_answer_is_not_learned(tiny):
          r"line 2: messages\[0\].content \(user\) is empty"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]},
                        {"role": "assistant", "content": "a"}]}, "line 2: .*type 'audio'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]},
+                       {"role": "assistant", "content": "a"}]}, "line 2: .*'video' has no clip"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["no.png"]}]},
+                       {"role": "assistant", "content": "a"}]}, "line 2: clip, frame 1: .*no.png"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused_by_line_and_field(tiny, jsonl, row, message):
@@ -188,6 +193,14 @@ def test_bad_rows_are_refused_by_line_and_field(tiny, jsonl, row, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         list(ConversationDataset(Messages(train=str(path)), "train", tiny[1]))
     assert "data.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_picture_is_named_by_line_where_its_size_counts(make_bridge, jsonl):
+    _, processor = make_bridge(resolution=ResolutionConfig("tiles"))
+    path = jsonl([{"messages": [user("no.png"), assistant("a")]}])
+    path.write_text(path.read_text().replace('"type": "text", "text"', '"type": "image", "image"'))
+    with pytest.raises(FileNotFoundError, match="line 1: image: .*no.png does not exist"):
+        list(ConversationDataset(Messages(train=str(path)), "train", processor))
 
 
 def test_broken_json_names_the_line(tmp_path):
@@ -204,3 +217,14 @@ def test_image_paths_are_beside_the_file(tiny, jsonl, images):
     images[0].save(path.parent / "one.png")
     (sample,) = ConversationDataset(Messages(train=str(path)), "train", tiny[1])
     assert sample["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_other_names_of_a_picture_and_clips_are_beside_the_file_too(tiny, jsonl, images):
+    content = [{"type": "image", "path": "one.png"}, {"type": "video", "path": "clip.gif"},
+               {"type": "video", "video": ["one.png", "two.png"]}]  # fmt: skip
+    path = jsonl([{"messages": [{"role": "user", "content": content}, assistant("a")]}])
+    images[0].save(path.parent / "one.png")
+    images[1].save(path.parent / "two.png")
+    images[0].save(path.parent / "clip.gif", save_all=True, append_images=images[1:])
+    (sample,) = ConversationDataset(Messages(train=str(path)), "train", tiny[1])
+    assert sample["pixel_values"].shape == (1 + 3 + 2, 3, 64, 64)

@@ -42,7 +42,7 @@ def seen(monkeypatch):
 
     def reply(model, processor, prompts, max_new_tokens, batch_size, name):
         calls[name] = prompts
-        return ["Red." if e._first_image(p) is not None else "blue" for p in prompts]
+        return ["Red." if e.pictures(*p) else "blue" for p in prompts]
 
     monkeypatch.setattr(e, "generate_replies", reply)
     return calls
@@ -69,11 +69,40 @@ def test_interval_is_wilsons(seen, images):
 
 def test_withheld_has_no_image_and_shuffled_has_anothers(seen, images):
     e.evaluate(None, None, Planted(pictures=images))
-    assert all(e._first_image(p) is None for p in seen["image withheld"])
-    own = [e._first_image(p) for p in seen["bridge"]]
-    other = [e._first_image(p) for p in seen["image shuffled"]]
+    assert all(not e.pictures(*p) for p in seen["image withheld"])
+    own = [e.pictures(*p)[0] for p in seen["bridge"]]
+    other = [e.pictures(*p)[0] for p in seen["image shuffled"]]
     assert all(a is not b for a, b in zip(own, other, strict=True))
     assert {id(i) for i in own} == {id(i) for i in other}
+
+
+@dataclass
+class Mixed(Task):
+    """A clip, an image and words alone; the answer is written in parts."""
+
+    name = "mixed"
+    pictures: list = None
+
+    def rows(self, split):
+        return [*self.pictures, None]
+
+    def messages(self, row):
+        seen = [] if row is None else [row]
+        content = [*seen, {"type": "text", "text": "What?"}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "Red"}]}
+        return [{"role": "user", "content": content}, answer]
+
+
+def test_clips_are_withheld_and_shuffled_too_and_text_rows_take_no_part(seen, images):
+    clip = {"type": "video", "video": images}
+    image = {"type": "image", "image": images[0]}
+    report, items = e.evaluate(None, None, Mixed(pictures=[clip, image]))
+    assert [e.pictures(*p) for p in seen["bridge"]] == [[clip], [image], []]
+    assert [e.pictures(*p) for p in seen["image withheld"]] == [[], [], []]
+    assert [e.pictures(*p) for p in seen["image shuffled"]] == [[image], [clip], []]
+    assert report["accuracy"] == pytest.approx(2 / 3)
+    assert report["controls"]["majority"] == 1
+    assert items[0]["reference"] == "Red"
 
 
 def test_samples_are_drawn_by_seed(seen, images):

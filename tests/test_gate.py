@@ -108,8 +108,11 @@ def test_mask_by_hand():
 
 
 @pytest.mark.parametrize(
-    "adapter", [LoraConfig(use_dora=True, target_modules=["q_proj"]), IA3Config(
-        target_modules=["q_proj"], feedforward_modules=[])])  # fmt: skip
+    "adapter", [
+        LoraConfig(use_dora=True, target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ])  # fmt: skip
 def test_adapters_that_cannot_be_gated_are_refused(make_bridge, adapter):
     with pytest.raises(ValueError, match="gate 'sample' serves plain LoRA.*Use gate 'none'"):
         make_bridge("sample", adapter=adapter)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmpeft
-from mmpeft import BridgeForConditionalGeneration, BridgeProcessor, adapters
+from mmpeft import BridgeForConditionalGeneration, BridgeProcessor, adapters, vlm
 
 from .conftest import assistant, model_inputs, user
 
@@ -514,7 +514,10 @@ def test_retention_reads_an_import(folder, images):
     model = BridgeForConditionalGeneration.from_hf(folder("llava"))
     sides = BridgeSides(model, BridgeProcessor.from_model(model))
     assert sides.render([{"role": "user", "content": "what"}]) == "USER: what ASSISTANT:"
-    assert int(sides.look("", images[0])["mm_token_type_ids"].sum()) == 16
+    for before in ("", "USER: "):  # BOS in front, as in its chats, and once
+        seen = sides.look(before, images[0])
+        assert int(seen["mm_token_type_ids"].sum()) == 16
+        assert seen["input_ids"][0, 0] == 1 and (seen["input_ids"] == 1).sum() == 1
 
 
 def test_command_line(folder, images, tmp_path, capsys):
@@ -532,6 +535,17 @@ def test_command_line(folder, images, tmp_path, capsys):
     assert report["reply"] == upstream.processor.tokenizer.decode(
         expected, skip_special_tokens=True
     )
+    recipe = tmp_path / "recipe.yaml"  # to go on from it
+    recipe.write_text(
+        f"output_dir: run\nmodel: {{start_from: {out}}}\n"
+        "data: {task: {class_path: Messages, init_args: {train: data.jsonl}}}\n"
+        "align: {max_steps: 1}\n"
+    )
+    assert cli.main(["plan", str(recipe), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    model = mmpeft.load(out)[0]
+    counts = [part["parameters"] for part in plan["parts"]]
+    assert counts[:3] == [row.total for row in adapters.freeze_plan(model)[:3]]
     assert cli.main(["import", folder("instructblip"), "--output", out]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -665,6 +679,24 @@ def test_a_missing_query_or_tokenizer_is_named(folder, tmp_path):
     save_file(state, where / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks the weight query_tokens of its connector"):
         BridgeForConditionalGeneration.from_hf(str(where))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_damaged_file_is_named(file, folder, tmp_path):
+    where = tmp_path / "blip2"
+    shutil.copytree(folder("blip2"), where)
+    config = vlm.load_config(str(where))
+    if file.endswith(".json"):
+        (where / "model.safetensors").unlink()
+        (where / file).write_text("{}")
+    else:
+        (where / file).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for read in (vlm.read_connector, vlm.load_language_model):
+        with pytest.raises(
+            ValueError, match="(damaged|no index of shards).*fetch it again"
+        ) as error:
+            read(str(where), config)
+        assert str(where) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):

@@ -4,9 +4,9 @@ import base64
 import io
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from mmpeft.images import load_image
+from mmpeft.images import image_size, load_image
 
 
 def png(image, **kwargs):
@@ -90,3 +90,13 @@ def test_bomb(tmp_path):
 def test_other_sources(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 5, 6, 8, 9])
+def test_the_size_without_the_pixels_is_that_of_the_upright_image(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation  # 0 and 9 mean nothing
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(buffer, "JPEG", exif=exif)
+    width, height = load_image(buffer.getvalue()).size
+    assert image_size(buffer.getvalue()) == (height, width)

@@ -268,6 +268,34 @@ def test_weights_that_are_not_there_are_never_made_up(random_llm, tmp_path):
         load_language_model(str(tmp_path), None, "float32")
 
 
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("model.safetensors", "version https://git-lfs", "is damaged, or a pointer.*fetch it again"),
+    ("model.safetensors", None, "has no model.safetensors.*Give a revision that has them"),
+    ("model.safetensors.index.json", "{", "is no index of shards; fetch it again"),
+    ("config.json", {"hidden_size": 64}, "cannot be loaded"),
+    ("config.json", "{", "cannot be loaded.*not a valid JSON file"),
+])  # fmt: skip
+def test_damage_is_one_line(random_llm, tmp_path, file, content, message):
+    where = tmp_path / "llm"
+    shutil.copytree(random_llm("llama"), where)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((where / file).read_text()) | content)
+    (where / file).unlink(missing_ok=True)
+    if content is not None:
+        (where / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_language_model(str(where), None, "float32")
+    assert str(where) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_directory_without_a_tokenizer(random_llm, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{random_llm('llama')}/{name}", tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer of .* cannot be loaded") as error:
+        load_tokenizer(str(tmp_path), None)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [

@@ -121,6 +121,22 @@ def test_the_budget_is_enforced():
         ResolutionConfig(max_image_tokens=0)
 
 
+@pytest.mark.parametrize(
+    ("grid_of", "tokens"),
+    [(lambda h, w: (1, 1), 1 + 1), (lambda h, w: (2 * (h // 8), w // 10), 4 * 2 + 4)],
+    ids=["pooled", "two sequences in one"],
+)
+def test_native_counts_what_the_encoder_gives(grid_of, tokens):
+    whole = encoder()
+    whole.grid_of, whole.grid = grid_of, grid_of(*whole.preprocessing["size"])
+    made = ImageLayout(
+        ResolutionConfig("native", max_area=2), whole, LinearConnectorConfig().build(4, LLM_SIZE)
+    )
+    table = {(r.height, r.width): r.tokens for r in made.resolutions}
+    assert table[16, 20] == tokens  # and a newline for each line
+    assert max(h * w for h, w in table) == 2 * 16 * 30
+
+
 def test_native_needs_an_encoder_that_takes_any_size():
     with pytest.raises(ValueError, match=r"takes one size only \(16 x 30\); use tiles or fixed"):
         ImageLayout(

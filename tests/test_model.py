@@ -171,6 +171,40 @@ def test_a_target_that_hits_nothing_is_an_error(make_bridge):
         make_bridge(adapter=LoraConfig(target_modules=["q_porj"]))
 
 
+@pytest.mark.parametrize(("option", "value"), [
+    ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("bias", "lora_only"),
+    ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]), ("layer_replication", [(0, 2)]),
+    ("trainable_token_indices", [1]),
+])  # fmt: skip
+def test_an_adapter_that_is_more_than_an_addition_is_refused(make_bridge, option, value):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(target_modules=["q_proj"], **{option: value})
+    with pytest.raises(ValueError, match=f"^adapter: {option} .*; (leave it out|set|write) ?.*$"):
+        make_bridge("none", adapter=adapter)
+
+
+def test_learned_prompts_are_refused(make_bridge):
+    from peft import PromptTuningConfig
+
+    with pytest.raises(ValueError, match="PromptTuningConfig puts learned prompts.*LoraConfig"):
+        make_bridge("none", adapter=PromptTuningConfig(num_virtual_tokens=2))
+
+
+def test_an_adapters_config_serves_a_second_deeper_llm():
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mmpeft.adapters import adapter_parameters, attach_adapter
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    for layers in (1, 3):
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        llm = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=8))
+        assert len(adapter_parameters(attach_adapter(llm, adapter))) == 2 * layers
+    assert adapter.target_modules == {"q_proj"}
+
+
 def test_images_and_marked_positions_must_agree(tiny, images):
     model, processor = tiny
     batch = model_inputs(processor, [[user(images[0], "what?")]])

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ CONFIGS = Path(str(files("mmpeft.configs")))
 STARTER = ("quickstart", "tiny_cpu")
 PRESETS = ("llava_v1", "llava_v1_5", "minigpt4", "instructblip", "mplug_owl", "nextgpt_image",
            "siglip_smollm2")  # fmt: skip
+PINNED = {"lmsys--vicuna-7b-v1.3": ["refs/pr/4"], "lmsys--vicuna-7b-v1.5": ["refs/pr/13"]}
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "presets.md"
 
 
@@ -32,8 +32,9 @@ def fill_hub(folder: Path) -> Path:
     """A hub cache with what is in published/: the config files of the presets' models."""
     for model in (Path(__file__).parent / "published").iterdir():
         own = folder / f"models--{model.name}"
-        (own / "refs").mkdir(parents=True)
-        (own / "refs" / "main").write_text("0" * 40)
+        for revision in ("main", *PINNED.get(model.name, [])):
+            (own / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+            (own / "refs" / revision).write_text("0" * 40)
         shutil.copytree(model, own / "snapshots" / ("0" * 40))
     return folder
 
@@ -98,7 +99,7 @@ TRUE_SIZE = {
     # frozen Q-Former of 105M behind EVA-g (BLIP-2 without its text part), one layer 768 to 4096
     # trains: 3.1M (arXiv 2304.10592, section 3)
     "minigpt4": ((EVA_G, 105_162_240 + linear(768, 4096), LLAMA_7B, 0), 3_149_824, 3_149_824, 32),
-    # "188M" trained (arXiv 2305.06500, section 3.4; the Q-Former of arXiv 2301.12597, section 3.1):
+    # "188M" trained (arXiv 2305.06500, on downstream tasks; Q-Former of arXiv 2301.12597, 3.1):
     # 188,834,560 with the layer to the LLM. Here without the last feed-forward block for text,
     # which nothing reads
     "instructblip": ((EVA_G, 188_834_560 - 4_723_968, LLAMA_7B, 0), None, 184_110_592, 32),
@@ -484,7 +485,7 @@ if __name__ == "__main__":
 
     from mmpeft.plan import plan
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as folder:
         constants.HF_HUB_CACHE = str(fill_hub(Path(folder)))
         TABLE.write_text(table({name: plan(CONFIGS / f"{name}.yaml") for name in PRESETS}))

@@ -139,3 +139,18 @@ def test_save_and_load(tiny, images, tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
     assert loaded.max_length == 512
     assert loaded.image_processor.resolutions == [[64, 64, 16]]
+
+
+def test_words_beside_an_image_that_the_connector_cannot_read(make_bridge, llm_dir, images):
+    from mmpeft.connectors.qformer import QFormerConnectorConfig
+
+    connector = QFormerConnectorConfig(
+        2, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        instruction=True, vocab_size=300, max_position_embeddings=20, tokenizer=llm_dir,
+    )  # fmt: skip
+    _, processor = make_bridge(connector=connector)
+    inputs = encode(processor, [user(images[0], "what?")], return_tensors="pt")
+    assert inputs["qformer_input_ids"].shape == (1, 5)
+    _, pictures = processor.encode_chat([user(images[0], "x" * 30), assistant("yes")])
+    with pytest.raises(ValueError, match="row 7: the words beside .* are 30 tokens;.* most 20"):
+        processor.image_inputs(pictures, "row 7: ")

@@ -40,3 +40,26 @@ def test_every_command_exists():
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_table_of_connectors_is_complete():
+    from mmpeft.connector import ConnectorConfig
+
+    table = README[README.index("| `connector` |") : README.index("`NAMEConnectorConfig`")]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row[:30])}
+    ours = [c for c in ConnectorConfig.__subclasses__() if c.__module__.startswith("mmpeft.")]
+    assert named - {"connector"} == {c.__name__.removesuffix("ConnectorConfig") for c in ours}
+
+
+def test_parts_in_the_tables_parse():
+    import yaml
+
+    snippets = re.findall(r"`((?:vision_encoder|resolution|model|data): \{.*?\})`", README)
+    assert len(snippets) >= 4
+    for snippet in snippets:
+        ((key, value),) = yaml.safe_load(snippet).items()
+        overrides = [f"--{'' if key in ('model', 'data') else 'model.'}{key}"]
+        recipe = ROOT / "configs" / "quickstart.yaml"
+        if key == "model":  # start_from brings its own parts
+            value |= {"vision_encoder": None, "connector": None, "language_model": None}
+        config.load(recipe, [*overrides, yaml.safe_dump(value, default_flow_style=True).strip()])

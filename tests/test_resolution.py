@@ -123,7 +123,7 @@ def test_a_budget_caps_every_picture(make_bridge, shapes):
 
 
 def test_a_clip_is_its_frames(tiny, images, tmp_path):
-    model, processor = tiny
+    _, processor = tiny
     processor.num_frames = 2
     frames = [images[0], images[1], images[2], images[0]]
     file = tmp_path / "clip.gif"
@@ -138,3 +138,18 @@ def test_a_clip_is_its_frames(tiny, images, tmp_path):
     clip["content"][0]["video"] = []
     with pytest.raises(ValueError, match="clip has no frames"):
         model_inputs(processor, [[clip]])
+
+
+@pytest.mark.parametrize("resolution", MODES, ids=lambda config: config.mode)
+def test_statistics_come_from_one_tile_of_each_sample(make_bridge, shapes, resolution):
+    from mmpeft.train import calibrate
+
+    model, processor = make_bridge(resolution=resolution)
+    samples = []
+    for picture in shapes:
+        _, pictures = processor.encode_chat([user(picture, "what?"), assistant("it")])
+        samples.append(processor.image_inputs(pictures))
+    seen = []
+    model.connector.calibrate = lambda features, grid, std: seen.append(features.shape)
+    calibrate(model, samples)
+    assert seen == [(4, 16, 64)]

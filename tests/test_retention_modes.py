@@ -4,9 +4,15 @@ import functools
 
 import pytest
 
+from mmpeft.connectors.pool import PoolConnectorConfig
+from mmpeft.layout import ResolutionConfig
 from mmpeft.retention.engine import SideLM
 from mmpeft.retention.modes import MODES, Exchange, Mode, without_mark
+from mmpeft.retention.replies import write
+from mmpeft.retention.report import exchanges_of
+from mmpeft.retention.score import Opening
 from mmpeft.retention.sides import BridgeSides
+from tests.conftest import assistant, user
 from tests.test_retention_engine import requests
 
 ASKED = [{"role": "user", "content": "Where is Rome?"}]
@@ -51,6 +57,20 @@ def test_after_image_asks_behind_a_whole_exchange(mode):
         f"<|im_start|>user\nWhat is on {number}?<|im_end|>\n"
         f"<|im_start|>assistant\nThing {number}.<|im_end|>\n" + CHAT
     )
+
+
+def test_an_exchange_is_the_turn_that_shows_a_picture_and_its_reply(images):
+    def chat(*parts):
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "A hat."}]}
+        return [user("Hello."), assistant("Yes?"), user(*parts), answer,
+                user("Thanks."), assistant("Bye.")]  # fmt: skip
+
+    clip = [{"role": "user", "content": [{"type": "video", "video": images}]}, assistant("Moves.")]
+    words = [{"role": "user", "content": "no picture"}, assistant("None.")]
+    found = exchanges_of("after_image", [], [words, chat(images[0], "What?"), clip])
+    assert [(one.question, one.answer) for one in found] == [("What?", "A hat."), ("", "Moves.")]
+    assert found[1].picture == images[1]  # the middle frame
+    assert exchanges_of("after_image", found, [words]) == found
 
 
 def test_a_system_message_stays_first(mode):
@@ -142,6 +162,23 @@ def test_both_sides_read_the_same_words(tiny, mode, exchanges):
             before = lm.tokenizer.encode(opening.before) if opening else []
             assert (*before, *ids) == tuple(lm.tokenizer.encode(without_mark(context)))
         assert read["base"] == read["bridge"] == read["control"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resolution": ResolutionConfig("native", max_area=2)},
+        {"connector": PoolConnectorConfig(factor=4)},  # a row as long as a size has numbers
+    ],
+    ids=["sizes differ", "one token"],
+)
+def test_replies_behind_several_pictures_are_those_of_each_alone(make_bridge, images, options):
+    sides = BridgeSides(*make_bridge(**options))
+    pictures = [images[0], images[1].resize((30, 90)), images[2].resize((64, 64))]
+    prompts = [(Opening("", picture, str(i)), [5] * (i + 1)) for i, picture in enumerate(pictures)]
+    settings = {"until": [], "max_gen_toks": 4}
+    alone = [write(sides, "bridge", [prompt], settings)[0] for prompt in prompts]
+    assert write(sides, "bridge", prompts, settings) == alone
 
 
 def test_an_image_token_that_somebody_writes_is_text(tiny, mode):

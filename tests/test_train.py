@@ -180,6 +180,7 @@ def test_a_run_starts_from_another_bridge(recipe, make_bridge, tmp_path):
     start, processor = make_bridge("none", adapter=None)
     start.connector.output_scale.fill_(0.7)
     start.save_pretrained(tmp_path / "start")
+    processor.chat_template = "{# its own #}" + processor.chat_template
     processor.save_pretrained(tmp_path / "start")
     text = recipe.read_text()
     own = [line for line in text.splitlines() if "TimmEnc" in line or "MLPConn" in line]
@@ -187,8 +188,9 @@ def test_a_run_starts_from_another_bridge(recipe, make_bridge, tmp_path):
         text = text.replace(line + "\n", "")
     recipe.write_text(text.replace("model:", f"model:\n  start_from: {tmp_path / 'start'}"))
     run = train(recipe, ["--instruct.max_steps", "1", "--align", "null"])
-    model, _ = mmpeft.load(run)
+    model, processor = mmpeft.load(run)
     assert isinstance(model.language_model.peft_config["default"], LoraConfig)
+    assert processor.chat_template.startswith("{# its own #}") and processor.max_length == 512
     assert model.connector.output_scale == torch.tensor(0.7) and model.config.gate == "sample"
     moved = (model.connector.layers[0].weight - start.connector.layers[0].weight).abs().max()
     assert 0 < moved < 1e-2

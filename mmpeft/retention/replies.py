@@ -3,7 +3,9 @@
 import torch
 from transformers import StoppingCriteria
 
+from mmpeft.data import join_images
 from mmpeft.language_model import context_length
+from mmpeft.model import IMAGE_INPUTS
 from mmpeft.retention.sides import RetentionError, Sides
 
 LIMIT = 256  # new tokens where a task names no limit, as in lm-eval
@@ -87,7 +89,7 @@ def _padded(sides: Sides, prompts: list[tuple], pad: int) -> dict[str, torch.Ten
         sequences = {"input_ids": torch.cat([seen, torch.tensor([ids], dtype=torch.long)], dim=1)}
         sequences["attention_mask"] = torch.ones_like(sequences["input_ids"])
         for key, value in list(row.items()):
-            if value.shape == seen.shape:  # token types and the like
+            if key not in IMAGE_INPUTS and value.shape == seen.shape:  # token types and the like
                 own = row.pop(key).cpu()
                 sequences.setdefault(
                     key, torch.cat([own, torch.zeros(1, len(ids), dtype=own.dtype)], dim=1)
@@ -102,4 +104,7 @@ def _padded(sides: Sides, prompts: list[tuple], pad: int) -> dict[str, torch.Ten
         ])
         for key in rows[0][0]
     }  # fmt: skip
-    return batch | {key: torch.cat([row[key] for _, row in rows]) for key in rows[0][1]}
+    pictures = [row for _, row in rows]
+    others = [key for key in pictures[0] if key not in IMAGE_INPUTS]
+    batch |= {key: torch.cat([row[key] for row in pictures]) for key in others}
+    return batch | join_images(pictures)  # of different sizes, too

@@ -7,11 +7,12 @@ import platform
 import random
 import time
 from importlib.metadata import version
+from itertools import islice, pairwise
 from pathlib import Path
 
 import mmpeft
 from mmpeft.checkpoint import find_checkpoint, load
-from mmpeft.images import load_image
+from mmpeft.images import load_frames, load_image
 from mmpeft.retention.compare import Comparison, compare_sides
 from mmpeft.retention.modes import MODES, Exchange
 from mmpeft.retention.page import render_page
@@ -22,6 +23,8 @@ from mmpeft.retention.store import ENGINE
 from mmpeft.retention.suite import Suite
 from mmpeft.retention.terminal import render
 from mmpeft.retention.text import compare_text, embedded_text
+from mmpeft.task import pictures as pictures_of
+from mmpeft.task import words
 
 SCHEMA = "mmpeft.retain/2"
 IMAGE_PROMPTS = 16  # rows of the vision task that show the adapter at work
@@ -229,15 +232,20 @@ def exchanges_of(mode: str, pictures: list[Exchange], image_prompts) -> list[Exc
         return []
     if mode == "with_image":
         return [Exchange(one.picture) for one in pictures]
-    return [exchange_of(chat) for chat in image_prompts[:EXCHANGES]] or pictures
+    found = filter(None, map(exchange_of, image_prompts))
+    return list(islice(found, EXCHANGES)) or pictures
 
 
-def exchange_of(chat: list[dict]) -> Exchange:
-    """A complete chat of a vision task: one picture, a question, the reference answer."""
-    content = next(turn["content"] for turn in chat if turn["role"] == "user")
-    picture = next(part["image"] for part in content if part["type"] == "image")
-    words = " ".join(part["text"] for part in content if part["type"] == "text")
-    return Exchange(load_image(picture, "image prompt").convert("RGB"), words, chat[-1]["content"])
+def exchange_of(chat: list[dict]) -> Exchange | None:
+    """From a chat of a vision task: a picture (of a clip, a frame), the question, the answer."""
+    for turn, reply in pairwise(chat):
+        if turn["role"] == "user" and (seen := pictures_of(turn)):
+            if seen[0]["type"] == "video":
+                (picture,) = load_frames(seen[0]["video"], 1, "clip of an image prompt")
+            else:
+                picture = load_image(seen[0]["image"], "image prompt")
+            return Exchange(picture, words(turn), words(reply))
+    return None
 
 
 def without_answer(chat: list[dict]) -> list[dict]:

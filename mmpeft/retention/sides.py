@@ -157,7 +157,10 @@ class BridgeSides(Sides):
 
     def look(self, before, picture):
         text = (before or self.start()) + self.chat.image_token
-        inputs = self.chat(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
+        inputs = self.chat(
+            images=picture, text=text, return_tensors="pt",
+            add_special_tokens=self.chat.add_special_tokens,  # as in its chats
+        )  # fmt: skip
         return dict(inputs.to(self.model.device))
 
     def options(self, rows, pictures):

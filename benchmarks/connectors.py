@@ -163,7 +163,7 @@ def speeds(arguments, names, repeats: int = 5) -> dict[str, float]:
 def table(results: list[dict]) -> str:
     """The results as a table in Markdown, best first."""
     shown = {"accuracy": "{:.1%}", "samples/s": "{:.1f}", "trained": "{:,}", "image tokens": "{}"}
-    columns = [column for column in COLUMNS if results[0].get(column) is not None]
+    columns = [c for c in COLUMNS if all(result.get(c) is not None for result in results)]
 
     def text(column, result):
         written = shown.get(column, "{:.3f}").format(result[column])

@@ -101,15 +101,10 @@ def load_model(
     """
     config = cls.config_class.from_pretrained(directory)
     parts = saved_parts(config, directory)
-    if parts["adapter"] is not None and (adapter is not None or gate not in (None, config.gate)):
-        raise ValueError(
-            f"{directory} has an adapter already, trained with gate {config.gate!r}: go on with "
-            "that one (adapter null and the same gate), or start from a bridge without."
-        )
+    adapter_and_gate = choose_adapter(parts, adapter, gate, directory)
     if dtype is not None:
         parts["language_model"]["dtype"] = str(dtype).removeprefix("torch.")
-    new = {"adapter": parts["adapter"] or adapter, "gate": gate or config.gate}
-    model = assemble(cls, **parts | new, new=False)
+    model = assemble(cls, **parts | adapter_and_gate, new=False)
     model.config.processor = config.processor
     for part, trained_on in config.identities.items():
         found = model.config.identities[part]
@@ -126,6 +121,16 @@ def load_model(
 
         set_trainable(model, connector=True, adapter=True)
     return model
+
+
+def choose_adapter(parts: dict, adapter, gate: str | None, directory) -> dict:
+    """``adapter`` and ``gate`` for a bridge of these parts: its own, or a first one."""
+    if parts["adapter"] is not None and (adapter is not None or gate not in (None, parts["gate"])):
+        raise ValueError(
+            f"{directory} has an adapter already, trained with gate {parts['gate']!r}: leave out "
+            "adapter and gate to go on with that one, or start from a bridge without."
+        )
+    return {"adapter": parts["adapter"] or adapter, "gate": gate or parts["gate"]}
 
 
 def saved_parts(config, directory) -> dict:

@@ -39,7 +39,8 @@ class ModelConfig:
         dtype: floating type of the frozen language model; null is float32, or that of start_from.
         adapter: peft config for the language model; null trains the connector alone, or the
             adapter that start_from has.
-        gate: where the adapter acts: none (everywhere) or sample (only rows with an image).
+        gate: where the adapter acts: none (everywhere) or sample (only rows with an image); null is
+            none, or that of start_from.
         resolution: how the size and shape of a picture are served, and its budget of tokens.
         chat_template: packaged chat template or a jinja file; null takes the language model's own,
             or that of start_from.
@@ -52,7 +53,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     adapter: PeftConfig | None = None
-    gate: Literal["none", "sample"] = "none"
+    gate: Literal["none", "sample"] | None = None
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     chat_template: str | None = None
 
@@ -245,19 +246,25 @@ def _explain(message: str) -> str:
     """jsonargparse's error in one line, with the nearest valid key or class."""
     if found := _UNKNOWN_KEY.search(message):
         key = next(filter(None, found.groups()))
-        ours = _keys(
-            RunConfig, ModelConfig, ResolutionConfig, DataConfig, StageConfig, RetentionConfig
-        )
+        ours = {name: where for where, cls in _SECTIONS.items() for name in _keys(cls)}
         every = _keys(*_all_parts())
-        wrong = next((part for part in key.split(".") if part not in ours | every), key)
+        wrong = next((part for part in key.split(".") if part not in ours.keys() | every), None)
+        if wrong is None:  # every word exists, only not here
+            wrong = key.split(".")[-1]
+            if wrong in ours:
+                return f"unknown key {key!r}. Did you mean {ours[wrong] + wrong!r}?"
         near_ours = difflib.get_close_matches(wrong, ours, n=1, cutoff=0.7)
-        return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or ours | every)}"
+        return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or ours.keys() | every)}"
     if found := _UNKNOWN_CLASS.search(message):
         known = [cls.__name__ for cls in _subclasses(_BASES[found[1]])]
         return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], known)}"
     return " ".join(message.split())
 
 
+_SECTIONS = {
+    "instruct.": StageConfig, "retention.": RetentionConfig, "data.": DataConfig,
+    "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
+}  # fmt: skip
 _UNKNOWN_KEY = re.compile(
     r"Option '([\w.]+)' is not accepted"
     r"|does not accept option '([\w.]+)'"

@@ -36,6 +36,11 @@ class ResolutionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"resolution.{name} is {value}; it must be 1 or more.")
+        if self.mode == "fixed" and self.max_area != type(self).max_area:
+            raise ValueError(
+                f"resolution.max_area is {self.max_area}, but mode fixed shows every picture at "
+                "the encoder's size; set mode to tiles or native."
+            )
 
 
 class Resolution(NamedTuple):
@@ -118,7 +123,13 @@ class ImageLayout:
         return self._per_tile(grid) + (0 if out is None else out[0])
 
     def _output_grid(self, grid):
-        return None if self.encoder.num_prefix_tokens else self.connector.output_grid(grid)
+        out = None if self.encoder.num_prefix_tokens else self.connector.output_grid(grid)
+        if out is not None and out[0] * out[1] != (count := self._per_tile(grid)):
+            raise ValueError(
+                f"{type(self.connector).__name__}.output_grid says {out[0]} x {out[1]}, but its "
+                f"num_image_tokens is {count}; let it return None if the outputs are no map."
+            )
+        return out
 
     # ------------------------------------------------------------------------------- an image
 
@@ -157,7 +168,8 @@ class ImageLayout:
     def __str__(self):
         low, high = self.resolutions[0], self.resolutions[-1]
         if low.tokens == high.tokens and len(self.resolutions) == 1:
-            return f"{low.tokens} tokens an image, {low.height} x {low.width} pixels"
+            plural = "s" if low.tokens > 1 else ""
+            return f"{low.tokens} token{plural} an image, {low.height} x {low.width} pixels"
         return (
             f"{low.tokens} ({low.height} x {low.width}) to {high.tokens} ({high.height} x "
             f"{high.width}) tokens an image, {len(self.resolutions)} sizes"

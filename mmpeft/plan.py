@@ -72,10 +72,10 @@ def own_parts(model: ModelConfig) -> ModelConfig:
     directory = checkpoint.find_checkpoint(model.start_from)
     parts = checkpoint.saved_parts(BridgeConfig.from_pretrained(directory), directory)
     language_model = parts.pop("language_model")
-    parts["adapter"] = parts["adapter"] or model.adapter
+    parts |= checkpoint.choose_adapter(parts, model.adapter, model.gate, directory)
     parts["resolution"] = parts["resolution"] or ResolutionConfig()
     return ModelConfig(
-        **parts | {"gate": model.gate}, language_model=language_model["name"],
+        **parts, language_model=language_model["name"],
         revision=language_model["revision"], dtype=model.dtype or language_model["dtype"],
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def build_empty(model: ModelConfig) -> BridgeForConditionalGeneration:
         if model.adapter is not None:
             llm = adapters.attach_adapter(llm, model.adapter)
         config = BridgeConfig(
-            text_config=llm.config.to_dict(), gate=model.gate,
+            text_config=llm.config.to_dict(), gate=model.gate or "none",
             resolution=dataclasses.asdict(model.resolution),
         )  # fmt: skip
         return BridgeForConditionalGeneration(config, encoder, connector, llm)

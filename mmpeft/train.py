@@ -106,7 +106,7 @@ def build(config: RunConfig):
     else:
         model = BridgeForConditionalGeneration.from_parts(
             parts.vision_encoder, parts.connector, parts.language_model, adapter=parts.adapter,
-            gate=parts.gate, dtype=parts.dtype or "float32", revision=parts.revision,
+            gate=parts.gate or "none", dtype=parts.dtype or "float32", revision=parts.revision,
             resolution=parts.resolution,
         )  # fmt: skip
     print(f"images: {model.layout}", file=sys.stderr)

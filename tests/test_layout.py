@@ -81,7 +81,7 @@ def test_native_counts_lines_and_skips_grids_the_connector_refuses():
 @pytest.mark.parametrize("cls", [None, Queries])
 @pytest.mark.parametrize("mode", ["fixed", "tiles", "native"])
 def test_arranged_tokens_are_as_many_as_the_table_says(mode, cls):
-    made = layout(mode, cls, max_area=6)
+    made = layout(mode, cls, max_area=4 if mode == "fixed" else 6)
     for height, width, count in made.resolutions:
         grid = (height // 8, width // 10) if mode == "native" else (2, 3)
         per_tile = made.connector.num_image_tokens(grid)
@@ -142,3 +142,14 @@ def test_native_needs_an_encoder_that_takes_any_size():
         ImageLayout(
             ResolutionConfig("native"), encoder(any_size=False), LinearConnectorConfig().build(4, 6)
         )
+
+
+def test_a_connector_that_miscounts_its_map_is_named():
+    class Halved(Connector):
+        def num_image_tokens(self, grid, num_prefix_tokens=0):
+            return grid[0] * grid[1] // 2
+
+    with pytest.raises(
+        ValueError, match="Halved.output_grid says 2 x 3, but .* is 3; let it return"
+    ):
+        layout("tiles", Halved)

@@ -171,7 +171,7 @@ class VisionEncoder(nn.Module):
         """Convolutions pad or cut an odd size, so a round one is measured where it can be."""
         try:
             rows, columns = self._patch_grid(256, 256)
-        except Exception:
+        except Exception:  # each backend refuses in its own way
             return height // patches[0], width // patches[1]
         return 256 // rows, 256 // columns
 
@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
             if self.config.tokens == "pooled":  # its pooling may be of one size only
                 self.pooled(self._blank(height, width))
             return self._patch_grid(height, width) == (2, 3)
-        except Exception:
+        except Exception:  # each backend refuses in its own way
             return False
 
     def _refusal(self, height: int, width: int) -> str:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mmpeft.connector import Connector, ConnectorConfig
+from mmpeft.connector import ConnectorConfig, FoldingConnector
 
 
 @dataclass
@@ -40,7 +40,9 @@ class PixelShuffleConnectorConfig(ConnectorConfig):
         return PixelShuffleConnector(self, vision_size, llm_size)
 
 
-class PixelShuffleConnector(Connector):
+class PixelShuffleConnector(FoldingConnector):
+    folds = "pixel shuffle joins"
+
     def __init__(self, config, vision_size, llm_size):
         super().__init__(config, vision_size, llm_size)
         sizes = [vision_size * config.factor**2]
@@ -49,24 +51,6 @@ class PixelShuffleConnector(Connector):
         for size, next_size in pairwise(sizes[1:]):
             layers += [nn.GELU(), nn.Linear(size, next_size)]
         self.layers = nn.Sequential(*layers)
-
-    def num_image_tokens(self, grid, num_prefix_tokens=0):
-        if num_prefix_tokens:
-            raise ValueError(
-                f"pixel shuffle joins neighbouring patches and has no place for the encoder's "
-                f"{num_prefix_tokens} prefix token(s); set tokens: patch on the vision encoder."
-            )
-        rows, columns = self.output_grid(grid)
-        return rows * columns
-
-    def output_grid(self, grid):
-        factor = self.config.factor
-        if grid[0] % factor or grid[1] % factor:
-            raise ValueError(
-                f"pixel shuffle joins {factor} x {factor} patches, which a grid of {grid[0]} x "
-                f"{grid[1]} does not divide into; change factor or the image size."
-            )
-        return grid[0] // factor, grid[1] // factor
 
     def project(self, features, grid, instruction=None):
         factor, (rows, columns) = self.config.factor, self.output_grid(grid)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from mmpeft.connector import Connector, ConnectorConfig
+from mmpeft.connector import ConnectorConfig, FoldingConnector
 
 
 @dataclass
@@ -30,28 +30,12 @@ class PoolConnectorConfig(ConnectorConfig):
         return PoolConnector(self, vision_size, llm_size)
 
 
-class PoolConnector(Connector):
+class PoolConnector(FoldingConnector):
+    folds = "pooling averages"
+
     def __init__(self, config, vision_size, llm_size):
         super().__init__(config, vision_size, llm_size)
         self.linear = nn.Linear(vision_size, llm_size)
-
-    def num_image_tokens(self, grid, num_prefix_tokens=0):
-        if num_prefix_tokens:
-            raise ValueError(
-                f"pooling averages neighbouring patches and has no place for the encoder's "
-                f"{num_prefix_tokens} prefix token(s); set tokens: patch on the vision encoder."
-            )
-        rows, columns = self.output_grid(grid)
-        return rows * columns
-
-    def output_grid(self, grid):
-        factor = self.config.factor
-        if grid[0] % factor or grid[1] % factor:
-            raise ValueError(
-                f"pooling averages {factor} x {factor} patches, which a grid of {grid[0]} x "
-                f"{grid[1]} does not divide into; change factor or the image size."
-            )
-        return grid[0] // factor, grid[1] // factor
 
     def project(self, features, grid, instruction=None):
         maps = features.transpose(1, 2).unflatten(2, grid)  # (B, D_vision, h, w)

@@ -120,3 +120,30 @@ class Connector(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: the state dict without the ``frozen`` entries."""
         return {k: v for k, v in self.state_dict().items() if k not in self.frozen}
+
+
+class FoldingConnector(Connector):
+    """Each ``config.factor`` x ``config.factor`` block of patches becomes one token.
+
+    ``folds`` says in error messages what is done to a block.
+    """
+
+    folds: str
+
+    def num_image_tokens(self, grid, num_prefix_tokens=0):
+        if num_prefix_tokens:
+            raise ValueError(
+                f"{self.folds} neighbouring patches and has no place for the encoder's "
+                f"{num_prefix_tokens} prefix token(s); set tokens: patch on the vision encoder."
+            )
+        rows, columns = self.output_grid(grid)
+        return rows * columns
+
+    def output_grid(self, grid):
+        factor = self.config.factor
+        if grid[0] % factor or grid[1] % factor:
+            raise ValueError(
+                f"{self.folds} {factor} x {factor} patches, which a grid of {grid[0]} x "
+                f"{grid[1]} does not divide into; change factor or the image size."
+            )
+        return grid[0] // factor, grid[1] // factor

@@ -26,8 +26,9 @@ from tqdm import tqdm
 import mmpeft
 from mmpeft import adapters
 from mmpeft.config import load
-from mmpeft.data import Collator, ConversationDataset, share_prefix
+from mmpeft.data import Collator, ConversationDataset
 from mmpeft.evaluate import generate_replies
+from mmpeft.packing import share_prefix
 from mmpeft.tasks.easy_vqa import EasyVQA
 from mmpeft.tasks.messages import Messages
 from mmpeft.train import train

@@ -34,8 +34,9 @@ def measure(factor: int, batch_size: int, repeats: int) -> dict:
 
     from mmpeft import BridgeForConditionalGeneration, BridgeProcessor, adapters
     from mmpeft.connectors.pool import PoolConnectorConfig
-    from mmpeft.data import Collator, share_prefix
+    from mmpeft.data import Collator
     from mmpeft.encoder import TimmEncoderConfig
+    from mmpeft.packing import share_prefix
 
     model = BridgeForConditionalGeneration.from_parts(
         TimmEncoderConfig("starter:efficientnet-lite0", image_size=384, layers=[3]),

@@ -1,28 +1,19 @@
 """Chat with a run in the browser: the bridge, or its base LLM, on the same chat."""
 
 import random
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from transformers import TextIteratorStreamer
+from mmpeft.chat_session import SIDES, ChatSession, Figures
 
-from mmpeft.language_model import context_length
-
-SIDES = ("bridge", "base LLM")
 FAILED = "No reply; this turn is left out of the chat"
 # the share button works on Hugging Face Spaces alone; the chosen side fades under the mouse pointer
 CSS = """
 button[title=Share] {display: none}
 input[type=radio]:checked {background-color: var(--checkbox-background-color-selected) !important}
 """
-
-# The switched-off adapter and the gate's mask are state of the model: one reply at a time. Gradio
-# alone does not see to that, it counts a page and its API as two queues.
-_model_in_use = threading.Lock()
 
 
 def launch(run, host: str = "127.0.0.1", port: int = 7860) -> None:
@@ -52,16 +43,21 @@ def build(model, processor, name: str, examples: Sequence[dict] = ()):
         examples: messages to click on, ``{"text": str, "files": [path, ...]}``.
     """
     gr = _gradio()
+    session = ChatSession(model, processor)
 
     def reply(message, history, side, max_new_tokens, temperature):
+        """Yield the reply so far and how quick it is."""
+        figures = Figures()
         try:
             messages = to_messages(history, message)
-            yield from stream_reply(model, processor, messages, side, max_new_tokens, temperature)
+            for text in session.stream(messages, side, max_new_tokens, temperature, figures):
+                yield text, gr.skip()
+            yield text, f"<small>{figures}</small>"
         except Exception as error:  # not raised: after that Gradio leaves the message box locked
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exc()
             problem = str(error) or type(error).__name__
-            yield {"role": "assistant", "content": problem, "metadata": {"title": FAILED}}
+            yield {"role": "assistant", "content": problem, "metadata": {"title": FAILED}}, ""
 
     with gr.Blocks(
         title=f"mmpeft: {name}", analytics_enabled=False, fill_height=True,
@@ -79,6 +75,7 @@ def build(model, processor, name: str, examples: Sequence[dict] = ()):
             )  # fmt: skip
             max_new_tokens = gr.Slider(1, 1024, 128, step=1, label="max new tokens")
             temperature = gr.Slider(0, 2, 0, step=0.1, label="temperature", info="0: greedy")
+        speed = gr.Markdown(render=False)
         gr.ChatInterface(
             reply,
             multimodal=True,
@@ -88,71 +85,12 @@ def build(model, processor, name: str, examples: Sequence[dict] = ()):
                 placeholder="Ask something; add images with the paper clip",
             ),
             additional_inputs=[side, max_new_tokens, temperature],
+            additional_outputs=[speed],
             examples=[[example] for example in examples] or None,
             analytics_enabled=False,  # it does not inherit the page's
         )  # fmt: skip
+        speed.render()
     return page
-
-
-def stream_reply(
-    model, processor, messages, side=SIDES[0], max_new_tokens=128, temperature=0.0
-) -> Iterator[str]:
-    """Generate in a thread; yield the reply so far each time it grows, at least once.
-
-    Closing the generator stops the generation.
-
-    Args:
-        messages: the whole chat, ending in the user's turn.
-        side: ``"bridge"``, or ``"base LLM"`` for the model with its adapter off.
-        temperature: 0 is greedy.
-
-    Raises:
-        ValueError: an unknown side, an unreadable image, or a chat too long for the context.
-        Exception: whatever the generation raised.
-    """
-    if side not in SIDES:
-        raise ValueError(f"side {side!r} is unknown; choose one of {', '.join(SIDES)}.")
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    context = context_length(model.config)
-    if context is not None and length + max_new_tokens > context:
-        raise ValueError(
-            f"the chat has {length} tokens, so a reply of {max_new_tokens} does not fit the "
-            f"context of {context}; lower max new tokens or clear the chat."
-        )
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answering = model.disable_adapter() if side == SIDES[1] else nullcontext()
-    stopped, errors = threading.Event(), []
-
-    def generate():
-        try:
-            with _model_in_use, answering:
-                model.generate(
-                    **inputs, streamer=streamer, max_new_tokens=max_new_tokens,
-                    do_sample=temperature != 0, temperature=temperature or None,
-                    stopping_criteria=[lambda *_, **__: stopped.is_set()],
-                )  # fmt: skip
-        except BaseException as error:
-            errors.append(error)
-            streamer.on_finalized_text("", stream_end=True)  # or the reader would wait forever
-
-    worker = threading.Thread(target=generate, daemon=True)
-    worker.start()
-    text = ""
-    try:
-        for piece in streamer:
-            text += piece
-            if piece:
-                yield text
-    finally:
-        stopped.set()
-        worker.join()
-    if errors:
-        raise errors[0]
-    if not text:
-        yield text
 
 
 def to_messages(history: list[dict], message: dict) -> list[dict]:

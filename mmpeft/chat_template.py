@@ -6,6 +6,7 @@ template without blocks is marked by a packaged one that renders the same chat t
 """
 
 import difflib
+import functools
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +17,16 @@ MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _last_twin: dict[str, str] = {}  # template -> name of the packaged one that fitted last
 
 
+@functools.cache
+def _packaged() -> dict[str, str]:
+    """Every packaged template by name; they are read once, since a chat may be held to all."""
+    files = (file for file in FOLDER.iterdir() if file.name.endswith(".jinja"))
+    return {file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8") for file in files}
+
+
 def names() -> list[str]:
     """Names of the packaged templates."""
-    suffix = ".jinja"
-    return sorted(f.name.removesuffix(suffix) for f in FOLDER.iterdir() if f.name.endswith(suffix))
+    return sorted(_packaged())
 
 
 def load_template(name_or_file: str) -> str:
@@ -30,7 +37,7 @@ def load_template(name_or_file: str) -> str:
     """
     known = names()
     if name_or_file in known:
-        return (FOLDER / f"{name_or_file}.jinja").read_text(encoding="utf-8")
+        return _packaged()[name_or_file]
     if Path(name_or_file).is_file():
         return Path(name_or_file).read_text(encoding="utf-8")
     close = difflib.get_close_matches(name_or_file, known, n=1)

@@ -9,7 +9,7 @@ import warnings
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2."""
     arguments, rest = build_parser().parse_known_args(argv)
-    if rest and arguments.command not in (_train, _plan):
+    if rest and arguments.command not in (_train, _plan, _cache):
         build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     # peft asks transformers by a name that the latter renamed; nothing a user could do about it
@@ -55,6 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
+    cache = command(
+        "cache", _cache, "encode the pictures of a recipe ahead of training",
+        example="examples:\n"
+        "  mmpeft cache configs/quickstart.yaml\n"
+        "  mmpeft cache configs/quickstart.yaml --speed.feature_cache_gb 100 --json\n\n"
+        "Training does it by itself in its first epoch. Features of the frozen encoder are kept\n"
+        "by the content of the picture, for every run with the same encoder and preprocessing;\n"
+        "what is there is passed over. Any key of the recipe can be given as --key value.",
+    )  # fmt: skip
+    cache.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
+    _add_json(cache)
+
     plan = command(
         "plan", _plan, "print what a recipe builds and trains, without its weights",
         example="examples:\n"
@@ -95,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", default="1000", metavar="N", help="rows, or 'all' (1000)")
     evaluate.add_argument("--seed", type=int, default=0, help="draws the rows (0)")
     evaluate.add_argument("--batch_size", type=int, default=64, help="rows at a time (64)")
+    evaluate.add_argument(
+        "--no-sharing", action="store_true",
+        help="compute each row from its first token; slower, for comparison",
+    )  # fmt: skip
     _add_json(evaluate)
 
     retain = command(
@@ -240,6 +256,13 @@ def _train(arguments):
     print(train(arguments.recipe, arguments.overrides, arguments.resume))
 
 
+def _cache(arguments):
+    from mmpeft.feature_cache import fill, render
+
+    report = fill(arguments.recipe, arguments.overrides)
+    _show(arguments, report, render(report))
+
+
 def _plan(arguments):
     from mmpeft.plan import plan, render
 
@@ -278,6 +301,7 @@ def _eval(arguments):
         samples=None if arguments.samples == "all" else int(arguments.samples),
         seed=arguments.seed,
         batch_size=arguments.batch_size,
+        share_prefix=not arguments.no_sharing,
     )
     _show(arguments, report, render(report))
 
@@ -325,27 +349,28 @@ def _scales(given: str | None) -> list[float] | None:
 
 
 def _ask(arguments):
-    from contextlib import nullcontext
-
+    from mmpeft.chat_session import SIDES, ChatSession, Figures
     from mmpeft.checkpoint import load
-    from mmpeft.evaluate import generate_replies
     from mmpeft.images import load_image
 
     content = [{"type": "image", "image": load_image(image)} for image in arguments.image]
     content.append({"type": "text", "text": arguments.question})
-    model, processor = load(arguments.run)
-    prompt = [{"role": "user", "content": content}]
-    with model.disable_adapter() if arguments.base else nullcontext():
-        (reply,) = generate_replies(model, processor, [prompt], arguments.max_new_tokens, 1, None)
+    session, figures = ChatSession(*load(arguments.run)), Figures()
+    prompt, side = [{"role": "user", "content": content}], SIDES[arguments.base]
+    *_, reply = session.stream(prompt, side, arguments.max_new_tokens, figures=figures)
     report = {
         "schema": "mmpeft.ask/1",
         "run": arguments.run,
         "model": "base" if arguments.base else "bridge",
         "question": arguments.question,
         "images": arguments.image,
-        "reply": reply,
+        "reply": reply.strip(),
+        "new_tokens": figures.new_tokens,
+        "first_token_seconds": figures.first_token,
+        "tokens_per_second": figures.tokens_per_second,
     }
-    _show(arguments, report, reply)
+    print(figures, file=sys.stderr)
+    _show(arguments, report, reply.strip())
 
 
 def _chat(arguments):

@@ -7,6 +7,7 @@ short name) with ``init_args``; misspelt keys are refused with the nearest valid
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from peft import PeftConfig
+from torchvision.transforms.v2 import Transform
 from transformers import TrainingArguments
 
 import mmpeft.connectors
@@ -89,6 +92,9 @@ class DataConfig:
             the LLM's words (see ``mmpeft replay``); null mixes in none. Under gate sample text
             never reaches the adapter, and replay has nothing to teach.
         replay_share: share of the samples (not of their tokens) that are replay, between 0 and 1.
+        augmentation: transforms of training pictures, as [{class_path: RandomHorizontalFlip}]; any
+            Transform of torchvision.transforms.v2, or your own, from PIL image to PIL image. Every
+            picture is then encoded each time (no feature cache). null changes nothing.
     """
 
     task: Task
@@ -97,6 +103,7 @@ class DataConfig:
     chats_per_sample: int = 1
     replay: Task | None = None
     replay_share: float = 0.25
+    augmentation: list[Transform] | None = None
 
     def __post_init__(self):
         if not 0 < self.replay_share < 1:
@@ -113,19 +120,52 @@ class StageConfig(TrainingArguments):
     Attributes:
         connector_learning_rate: peak learning rate of the connector.
         adapter_learning_rate: peak learning rate of the adapter.
+        freeze_connector: train the adapter alone; nothing below its first layer then has a graph.
+        bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
+        dataloader_num_workers: processes that make samples; null is up to 4 for a CUDA device, as
+            far as there are CPU cores beside the one that trains, and otherwise 0: on a CPU,
+            samples are a hundredth of the work, and workers would take its cores.
+        dataloader_pin_memory: page-locked batches, copied while the device computes; null is: for
+            a CUDA device.
+        dataloader_persistent_workers: keep the workers from epoch to epoch; null is: if any.
     """
 
     output_dir: str | None = None  # set from the run folder
     connector_learning_rate: float = 1e-3
     adapter_learning_rate: float = 2e-4
+    freeze_connector: bool = False
     logging_steps: float = 10
     save_steps: float = 100
     save_total_limit: int | None = 2
     lr_scheduler_type: str = "cosine"
     report_to: str | list[str] = "none"
     remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = False
+    dataloader_num_workers: int | None = None
+    dataloader_pin_memory: bool | None = None
+    dataloader_persistent_workers: bool | None = None
     disable_tqdm: bool | None = False
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = max(0, min(4, _free_cores())) if cuda else 0
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = cuda
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.dataloader_num_workers:  # a tokenizer with threads warns when it is forked
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        super().__post_init__()
+
+
+def _free_cores() -> int:
+    """CPU cores for each training process of this machine, beside its own."""
+    if hasattr(os, "sched_getaffinity"):  # a container may be given fewer than there are
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
 
 
 @dataclass
@@ -167,6 +207,49 @@ class RetentionConfig:
             raise ValueError("retention.modes is empty; name at least one, for example [text].")
 
 
+@dataclass
+class SpeedConfig:
+    """Work that need not be done; each is on by default, exact, and switched off by its field.
+
+    Attributes:
+        feature_cache: keep the frozen encoder's features on disk: on, off, or auto (on where
+            reading them is measured to be quicker than encoding).
+        feature_cache_dir: folder of the features, shared by runs; null is the user's cache.
+        feature_cache_gb: most that the folder may hold, in 10^9 bytes.
+        feature_cache_dtype: what features of a float32 encoder are rounded to under on and auto,
+            kept or not; float32 takes twice the room and changes nothing. Those of a 16-bit encoder
+            stay as they are.
+        packing: samples of a batch in one row without padding, none sees another.
+        pad_to_multiple_of: length of rows is rounded up, so that few different shapes occur, whose
+            kernels are prepared once; 1 does not.
+        supervised_logits: the vocabulary projection and the loss at learned positions only.
+        logits_chunk: learned positions whose logits exist at a time, for large vocabularies; null
+            is all at once.
+        compile: torch.compile of the LLM's layers: on, off, or auto (on in stages long enough to
+            win back the minute it takes, where a compiler is found).
+    """
+
+    feature_cache: Literal["auto", "on", "off"] | bool = "auto"
+    feature_cache_dir: str | None = None
+    feature_cache_gb: float = 20.0
+    feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    packing: bool = True
+    pad_to_multiple_of: int = 32
+    supervised_logits: bool = True
+    logits_chunk: int | None = 2048
+    compile: Literal["auto", "on", "off"] | bool = "auto"
+
+    def __post_init__(self):
+        for name in ("feature_cache", "compile"):  # YAML reads a bare on or off as true or false
+            if isinstance(value := getattr(self, name), bool):
+                setattr(self, name, "on" if value else "off")
+        if self.feature_cache_gb <= 0:
+            raise ValueError(
+                f"speed.feature_cache_gb is {self.feature_cache_gb}; it must be above 0. Set "
+                "speed.feature_cache: off to keep no features."
+            )
+
+
 STAGES = ("align", "instruct")
 
 
@@ -181,6 +264,7 @@ class RunConfig:
         align: first stage, trains the connector alone; null skips it.
         instruct: second stage, trains connector and adapter; null skips it.
         retention: watch text skills during stage instruct; null does not.
+        speed: what is skipped because its result is known.
         seed: seeds initialisation, shuffling and dropout.
     """
 
@@ -190,9 +274,15 @@ class RunConfig:
     align: StageConfig | None = None
     instruct: StageConfig | None = None
     retention: RetentionConfig | None = None
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     seed: int = 0
 
     def __post_init__(self):
+        if self.speed.feature_cache == "on" and self.data.augmentation:
+            raise ValueError(
+                "speed.feature_cache is on, but data.augmentation shows each picture differently "
+                "every time; set one of them to null or off."
+            )
         for name, part in (("data.replay", self.data.replay), ("retention", self.retention)):
             adapter = self.model.adapter or self.model.start_from
             if part is not None and None in (adapter, self.instruct):
@@ -200,6 +290,11 @@ class RunConfig:
                     f"{name} is about the adapter in stage instruct; set model.adapter and "
                     f"instruct, or set {name} to null."
                 )
+
+    def trained_parts(self, stage: str) -> dict[str, bool]:
+        """What a stage trains: ``{"connector", "adapter"}``."""
+        frozen = getattr(self, stage).freeze_connector
+        return {"connector": not frozen, "adapter": stage == "instruct"}
 
 
 def parser():
@@ -263,6 +358,7 @@ def _explain(message: str) -> str:
 
 _SECTIONS = {
     "instruct.": StageConfig, "retention.": RetentionConfig, "data.": DataConfig,
+    "speed.": SpeedConfig,
     "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
 }  # fmt: skip
 _UNKNOWN_KEY = re.compile(
@@ -280,6 +376,7 @@ _BASES = {
     "task": Task,
     "align": Task,
     "replay": Task,
+    "augmentation": Transform,
 }
 
 

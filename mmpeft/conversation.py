@@ -1,9 +1,11 @@
 """One conversation on its way through a chat template.
 
-The template sees one-time sentinels where images and spelt special tokens stand, and what it
-renders is cut at them again: whatever a user writes stays text.
+The template sees sentinels where images and spelt special tokens stand, and what it renders is cut
+at them again. Their key is drawn anew in every process and never shown: whatever a user writes
+stays text.
 """
 
+import functools
 import re
 import secrets
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from mmpeft.images import load_frames
 
 IMAGE_TOKEN = "<image>"  # marks an image in raw text given to ``__call__``; no vocabulary entry
+KEY = secrets.token_hex(8)  # of the sentinels
 
 
 class Picture(NamedTuple):
@@ -26,16 +29,13 @@ class Chat:
     def __init__(self, messages, special_tokens: list[str], num_frames: int, image_mark=None):
         self.pictures, self._replaced, self._num_frames = [], [], num_frames
         self._image_mark, self._num_marks = image_mark, 0
-        self._key = secrets.token_hex(8)
-        longest_first = sorted(special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special = _any_of(tuple(special_tokens))
         self.messages = [m | {"content": self._content(m.get("content"))} for m in messages]
-        mark = "" if image_mark is None else f"|{re.escape(image_mark)}"
-        self._sentinel = re.compile(f"\ue000{self._key}:(\\d+)\ue001{mark}")
+        self._sentinel = _sentinels(image_mark)
 
     def _swap(self, kind, text: str) -> str:
         self._replaced.append((text, kind))
-        return f"\ue000{self._key}:{len(self._replaced) - 1}\ue001"
+        return f"\ue000{KEY}:{len(self._replaced) - 1}\ue001"
 
     def _content(self, content):
         if content is None or isinstance(content, str):
@@ -104,6 +104,20 @@ class Chat:
                 "use tokenize=True."
             )
         return text
+
+
+@functools.lru_cache(64)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    """Finds any of the tokens, the longest first."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+@functools.lru_cache(64)
+def _sentinels(image_mark: str | None) -> re.Pattern:
+    """Finds sentinels, and what the template itself writes for an image."""
+    mark = "" if image_mark is None else f"|{re.escape(image_mark)}"
+    return re.compile(f"\ue000{KEY}:(\\d+)\ue001{mark}")
 
 
 def _source(part: dict, kind: str):

@@ -1,20 +1,21 @@
 """Rows of a task as training samples: validated, tokenised, batched; nothing cut or dropped.
 
-Chats about one image repeat its tokens and the system prompt. ``share_prefix`` keeps these once
-and lets the chats branch off behind them: positions continue from the prefix and no branch sees
-another, so every token gets the loss it would get alone.
-
 An assistant's message marked ``"unfinished": true`` as the last of its chat was cut by a token
 limit: its words are learned, the end of turn that the template puts behind them is not.
 """
 
 import random
+from collections.abc import Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from mmpeft.augmentation import Augmentation
 from mmpeft.model import IMAGE_INPUTS
+from mmpeft.packing import pack, pad, share_prefix
 from mmpeft.task import Task
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -25,12 +26,18 @@ class ConversationDataset(Dataset):
 
     Chats that share a prefix may be ``branch_limit`` tokens long, see
     :func:`mmpeft.language_model.branch_limit`. At least ``held_out`` rows, drawn with ``seed``,
-    are left out; their numbers are in the attribute of that name.
+    are left out; their numbers are in the attribute of that name. ``augmentation`` are transforms
+    of a loaded picture, see :class:`mmpeft.augmentation.Augmentation`.
+
+    Attributes:
+        store: a :class:`~mmpeft.feature_store.FeatureStore` to look pictures up in, or ``None``.
     """
+
+    store = None
 
     def __init__(
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
-        seed: int = 0, branch_limit: int | None = None,
+        seed: int = 0, branch_limit: int | None = None, augmentation: list | None = None,
     ):  # fmt: skip
         if chats_per_sample > 1 and processor.qformer_tokenizer is not None:
             raise ValueError(
@@ -40,17 +47,26 @@ class ConversationDataset(Dataset):
         self.task, self.processor, self.branch_limit = task, processor, branch_limit
         self.rows = task.rows(split)
         self.held_out = hold_out(task, self.rows, held_out, seed)
-        self.samples = _grouped(task, self.rows, chats_per_sample, set(self.held_out))
+        several_sizes = len(getattr(processor.image_processor, "resolutions", None) or ()) > 1
+        self.augment = Augmentation(augmentation, several_sizes) if augmentation else None
+        alone = chats_per_sample == 1
+        groups = np.arange(len(self.rows)) if alone else row_groups(task, self.rows)
+        self.samples = Samples(groups, chats_per_sample, self.held_out)
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
+        with named_in_workers():
+            return self._sample(index)
+
+    def _sample(self, index: int) -> dict:
         encoded, pictures, where = [], None, ""
         for number in self.samples[index]:
-            where = self.task.where(self.rows[number], number)
-            row, own = self._encode(self.rows[number], where)
-            encoded.append(row)
+            row = self.rows[number]  # which may be read from disk, each time
+            where = self.task.where(row, number)
+            chat, own = self._encode(row, where)
+            encoded.append(chat)
             if pictures is not None and [p.source for p in own] != [p.source for p in pictures]:
                 raise ValueError(
                     f"{where}: its group has rows with other images; rows of one group must share "
@@ -66,8 +82,24 @@ class ConversationDataset(Dataset):
             )
         sample = share_prefix(encoded)
         if pictures:
-            sample |= self.processor.image_inputs(pictures, f"{where}: ")
+            sample |= self._image_inputs(pictures, f"{where}: ")
         return sample
+
+    def _image_inputs(self, pictures, where):
+        if self.store is not None:
+            return self.store.image_inputs(self.processor, pictures, where)
+        return self.processor.image_inputs(pictures, where, self.augment)
+
+    def pictures(self, index: int) -> tuple[list, str]:
+        """The pictures of a sample, unread, and how error messages point at it."""
+        number = self.samples[index][0]
+        row = self.rows[number]
+        where, messages = self.task.where(row, number), self.task.messages(row)
+        check_chat(messages, where)
+        try:
+            return self.processor.pictures(messages), where
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{where}: {error}") from None
 
     def _encode(self, row, where):
         messages = self.task.messages(row)
@@ -78,9 +110,20 @@ class ConversationDataset(Dataset):
             raise type(error)(f"{where}: {error}") from None
         if messages[-1].get("unfinished"):
             leave_open(encoded["labels"], self.processor.tokenizer)
-        if all(label == -100 for label in encoded["labels"]):
+        if encoded["labels"].count(-100) == len(encoded["labels"]):
             raise ValueError(f"{where}: the chat has no assistant token to learn from.")
         return encoded, pictures
+
+
+def row_groups(task: Task, rows) -> np.ndarray:
+    """Number of each row's group (see ``Task.group``), int64 ``(rows,)``, from 0 as they appear."""
+    if type(task).group is Task.group:  # it knows none, so no row need be read
+        return np.arange(len(rows))
+    seen, numbers = {}, np.empty(len(rows), np.int64)
+    for number, row in enumerate(rows):
+        key = task.group(row)
+        numbers[number] = seen.setdefault(number if key is None else (key,), len(seen))
+    return numbers
 
 
 def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
@@ -89,20 +132,72 @@ def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
     Raises:
         ValueError: nothing would be left to learn from.
     """
-    groups = {}
-    for number, row in enumerate(rows):
-        key = task.group(row)
-        groups.setdefault(number if key is None else (key,), []).append(number)
-    order, held_out = list(groups.values()), []
+    if not count:
+        return []
+    groups = row_groups(task, rows)
+    sizes = np.bincount(groups)
+    order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
-    while len(held_out) < count:
-        held_out += order.pop()
+    drawn, held_out = [], 0
+    while held_out < count:
+        drawn.append(order.pop())
+        held_out += sizes[drawn[-1]]
         if not order:
             raise ValueError(
                 f"{count} of {len(rows)} rows cannot be held out: nothing would be left to learn "
                 "from. Lower retention.vision_samples."
             )
-    return sorted(held_out)
+    return np.flatnonzero(np.isin(groups, drawn)).tolist()
+
+
+class Samples(Sequence):
+    """Row numbers of each sample: at most ``size`` rows of one group, in the order of the file.
+
+    Two arrays, however many samples there are: lists in a list would be several times as large,
+    and worker processes would copy them, since Python counts references in them.
+
+    Args:
+        groups: group of each row, see :func:`row_groups`.
+        without: numbers of rows that are left out.
+    """
+
+    def __init__(self, groups: np.ndarray, size: int, without: list[int]):
+        kept = np.delete(np.arange(len(groups)), without)
+        self._rows = kept[np.argsort(groups[kept], kind="stable")]  # group after group
+        _, first, sizes = np.unique(groups[self._rows], return_index=True, return_counts=True)
+        within = np.arange(len(kept)) - np.repeat(first, sizes)  # place in the group
+        starts = np.flatnonzero(within % size == 0)
+        self._ends = np.append(starts[1:], len(kept))[: len(starts)]
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> list[int]:
+        index = range(len(self))[index]
+        first = self._ends[index - 1] if index else 0
+        return self._rows[first : self._ends[index]].tolist()
+
+
+class WorkerError(ValueError):
+    """What was wrong with a sample, in its one line, when a worker process made the sample.
+
+    The process that waits for the sample makes the error anew, of the worker's whole traceback;
+    what that ends with is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+@contextmanager
+def named_in_workers():
+    """Inside, a user's mistake stays its one line when it is made in a worker process."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if get_worker_info() is None:
+            raise
+        raise WorkerError(str(error)) from None
 
 
 class WithReplay(Dataset):
@@ -132,9 +227,10 @@ class WithReplay(Dataset):
 
 def leave_open(labels: list[int], tokenizer) -> None:
     """Stop learning, in place, before the template's last special token: the end of the turn."""
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = max((i for i, label in enumerate(labels) if label in special), default=len(labels))
-    labels[end:] = [-100] * (len(labels) - end)
+    special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    ends = np.flatnonzero(np.isin(labels, special))
+    if len(ends):
+        labels[ends[-1] :] = [-100] * (len(labels) - ends[-1])
 
 
 def check_chat(messages: list[dict], where: str) -> None:
@@ -152,76 +248,50 @@ def check_chat(messages: list[dict], where: str) -> None:
                          "chat ends with the assistant's answer.")  # fmt: skip
 
 
-def _grouped(task, rows, size: int, without: set[int]) -> list[list[int]]:
-    """Row numbers, cut into samples of at most ``size`` rows of one group, in file order."""
-    groups = {}
-    for number, row in enumerate(rows):
-        if number in without:
-            continue
-        key = task.group(row) if size > 1 else None
-        groups.setdefault(number if key is None else (key,), []).append(number)
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-
-
-def share_prefix(rows: list[dict]) -> dict:
-    """Fold rows that start alike into one: the common start, then each row's rest as a branch.
-
-    Returns a row with ``position_ids`` and ``branch_ids`` (-1 in the prefix) besides the rest.
-    The prefix ends before the first supervised token and keeps every image whole.
-    """
-    keys = [list(zip(*(row[k] for k in row), strict=True)) for row in rows]
-    length = 0
-    for column in zip(*keys, strict=False):
-        if any(token != column[0] for token in column) or rows[0]["labels"][length] != -100:
-            break
-        length += 1
-    # The token before a supervised one predicts it, so it must stand in the same branch.
-    while length and any(row["labels"][length] != -100 for row in rows):
-        length -= 1
-    sample = {key: list(rows[0][key][:length]) for key in rows[0]}
-    sample["position_ids"], sample["branch_ids"] = list(range(length)), [-1] * length
-    for branch, row in enumerate(rows):
-        if branch and any(row["mm_token_type_ids"][length:]):
-            raise ValueError("chats of one group must share their images; they differ here.")
-        for key, values in row.items():
-            sample[key] += values[length:]
-        rest = len(row["labels"]) - length
-        sample["position_ids"] += range(length, length + rest)
-        sample["branch_ids"] += [branch] * rest
-    return sample
-
-
 class Collator:
-    """Pads samples on the right; builds the attention mask that keeps branches apart."""
+    """Samples to a batch: one packed row, or rows padded on the right.
 
-    def __init__(self, pad_token_id: int):
+    Args:
+        packing: join the samples to one row, see :mod:`mmpeft.packing`; else each is a row.
+        pad_to_multiple_of: round the length of rows up, so that few different lengths occur: what
+            computes a new shape is prepared anew (compiled, on a CPU by oneDNN).
+    """
+
+    def __init__(self, pad_token_id: int, packing: bool = False, pad_to_multiple_of: int = 1):
         self.fill = {
             "input_ids": pad_token_id, "mm_token_type_ids": 0, "labels": -100,
             "position_ids": 0, "branch_ids": -2,
         }  # fmt: skip
+        self.packing, self.multiple = packing, pad_to_multiple_of
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(sample["input_ids"]) for sample in samples)
-        batch = {
-            key: torch.tensor([s[key] + [value] * (width - len(s[key])) for s in samples])
-            for key, value in self.fill.items()
-        }
-        branch = batch.pop("branch_ids")  # (B, T)
-        if (branch > 0).any():
-            same = branch[:, :, None] == branch[:, None, :]  # (B, query, key)
-            visible = same | (branch[:, None, :] == -1)
-            batch["attention_mask"] = visible.tril()[:, None]  # (B, 1, T, T)
-        else:
-            batch["attention_mask"] = (branch != -2).long()  # (B, T)
-        return batch | join_images(samples)
+    def __call__(self, samples: list[dict]) -> dict:
+        rows = [self._tensors(sample) for sample in samples]
+        if not self.packing:
+            return pad(rows, self.fill, self.multiple) | join_images(samples)
+        sees = [bool((row["mm_token_type_ids"] == 1).any()) for row in rows]
+        trees = [  # a gate may treat samples with and without images apart
+            [row for row, has_image in zip(rows, sees, strict=True) if has_image == kind]
+            for kind in sorted(set(sees), reverse=True)
+        ]
+        return pack(trees, self.fill, self.multiple) | join_images(samples)
+
+    def _tensors(self, sample: dict) -> dict[str, torch.Tensor]:
+        return {key: torch.as_tensor(sample[key]) for key in self.fill}
 
 
 def join_images(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """The image inputs of all samples that have any, padded with 0 to a common size."""
-    images = [sample for sample in samples if "pixel_values" in sample]
+    """The image inputs of all samples that have any, padded with 0 to a common size.
+
+    What :class:`mmpeft.feature_store.FeatureStore` adds about each image is joined, too.
+    """
     joined = {}
-    for key in [k for k in IMAGE_INPUTS if images and k in images[0]]:
-        parts = [sample[key] for sample in images]
+    for key in ("image_keys", "cached_shapes"):
+        if any(key in sample for sample in samples):
+            joined[key] = [one for sample in samples for one in sample.get(key, ())]
+    for key in (*IMAGE_INPUTS, "cached_features"):
+        parts = [sample[key] for sample in samples if key in sample]
+        if not parts:
+            continue
         shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
         joined[key] = torch.cat([_pad_to(part, shape) for part in parts])
     return joined

@@ -6,6 +6,7 @@ same model without the picture, ``image_shuffled`` with the picture of another r
 
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.data import check_chat
+from mmpeft.prefix import Prompt, SharedPrompts
 from mmpeft.task import Task, parts, pictures, words
 
 SCHEMA = "mmpeft.eval/1"
@@ -27,25 +29,33 @@ def evaluate(
     samples: int | None = 1000,
     seed: int = 0,
     batch_size: int = 64,
+    share_prefix: bool = True,
 ) -> tuple[dict, list[dict]]:
     """Accuracy of greedy replies on the task's test split.
 
     Args:
         samples: that many rows, drawn with ``seed``; ``None`` takes all.
+        share_prefix: run the common starts of prompts once, see :mod:`mmpeft.prefix`; off, every
+            row is computed from its first token.
 
     Returns:
         the report (see ``docs/json.md``) and the items, one dict a row.
     """
     numbers, rows, chats = draw_rows(task, samples, seed)
+    sharing = share_prefix and SharedPrompts(model, processor)
 
     def score(prompts, name):
-        replies = generate_replies(model, processor, prompts, task.max_new_tokens, batch_size, name)
+        replies = generate_replies(
+            model, processor, prompts, task.max_new_tokens, batch_size, name, sharing
+        )
         return replies, task.score(replies, rows)
 
     prompts = [chat[:-1] for chat in chats]
+    began = time.perf_counter()
     replies, right = score(prompts, "bridge")
     _, withheld = score([_with_picture(prompt, None) for prompt in prompts], "image withheld")
     _, shuffled = score(_shuffle_pictures(prompts, seed), "image shuffled")
+    seconds = time.perf_counter() - began
     majority = task.score(_majority_answers(task, chats), rows)
     controls = {"majority": majority, "image_withheld": withheld, "image_shuffled": shuffled}
 
@@ -55,6 +65,7 @@ def evaluate(
         kind: _summary(*_only(right, controls, [t == kind for t in types]))
         for kind in sorted(set(types))
     }
+    report["seconds"], report["replies_per_second"] = seconds, 3 * len(rows) / seconds
     items = [
         {
             "row": number,
@@ -93,14 +104,35 @@ def score_rows(model, processor, task: Task, *, samples: int | None, seed: int =
     return {key: summary[key] for key in ("n", "accuracy", "ci95")}
 
 
+def generate_replies(
+    model, processor, prompts, max_new_tokens, batch_size, name, sharing=True
+) -> list[str]:
+    """Greedy replies to chats, in the order of ``prompts``.
+
+    Args:
+        name: what the progress bar says; ``None`` shows none.
+        sharing: run the common starts of the prompts once, see :mod:`mmpeft.prefix`; a
+            :class:`~mmpeft.prefix.SharedPrompts` of an earlier call also knows its pictures.
+    """
+    bar = tqdm(total=len(prompts), desc=name, unit="reply", disable=name is None)
+    if sharing is True:
+        sharing = SharedPrompts(model, processor)
+    with bar:
+        if not sharing or not sharing.possible():
+            return _row_by_row(model, processor, prompts, max_new_tokens, batch_size, bar.update)
+        places: dict = {}
+        encoded = [Prompt.of(processor, prompt, places) for prompt in prompts]
+        written = sharing.replies(encoded, max_new_tokens, batch_size, bar.update)
+    texts = processor.post_process_image_text_to_text(written)
+    return [text.strip() for text in texts]
+
+
 @torch.inference_mode()
-def generate_replies(model, processor, prompts, max_new_tokens, batch_size, name) -> list[str]:
-    """Greedy replies to chats, batched by length of text, in the order of ``prompts``."""
+def _row_by_row(model, processor, prompts, max_new_tokens, batch_size, done) -> list[str]:
+    """Every prompt from its first token on, batched by length of text."""
     order = sorted(range(len(prompts)), key=lambda i: len(words(*prompts[i])))
     replies = [""] * len(prompts)
-    for start in tqdm(
-        range(0, len(order), batch_size), desc=name, unit="batch", disable=name is None
-    ):
+    for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         inputs = processor.apply_chat_template(
             [prompts[i] for i in batch], add_generation_prompt=True, tokenize=True,
@@ -110,6 +142,7 @@ def generate_replies(model, processor, prompts, max_new_tokens, batch_size, name
         new = generated[:, inputs["input_ids"].shape[1] :]
         for i, reply in zip(batch, processor.post_process_image_text_to_text(new), strict=True):
             replies[i] = reply.strip()
+        done(len(batch))
     return replies
 
 
@@ -200,4 +233,5 @@ def render(report: dict) -> str:
         controls = "".join(f"{value:>10.1%}" for value in part["controls"].values())
         interval = f"{low:.1%} - {high:.1%}"
         lines.append(f"{name:<8}{part['n']:>7}{part['accuracy']:>10.1%}{interval:>16}{controls}")
+    lines.append(f"{report['seconds']:.0f} s, {report['replies_per_second']:.1f} replies/s")
     return f"{report['task']}\n" + "\n".join(lines)

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 GATES = ("none", "sample")
 
 
-def gate_mask(gate: str, mm_token_type_ids: Tensor) -> Tensor | None:
+def gate_mask(gate: str, mm_token_type_ids: Tensor, packed=None) -> Tensor | None:
     """Where the adapter acts, from the token types of the whole sequence, cached part included.
 
     Args:
         mm_token_type_ids: ``(B, T)``, 1 at image positions.
+        packed: the :class:`~mmpeft.packing.PackedRow` where a row holds several samples.
 
     Returns:
-        ``(B, 1)`` bool, or ``None`` for "everywhere".
+        ``(B, 1)`` bool, or ``(1, T)`` for a packed row, or ``None`` for "everywhere".
     """
     if gate == "none":
         return None
-    return (mm_token_type_ids == 1).any(dim=1, keepdim=True)
+    images = mm_token_type_ids == 1
+    return images.any(dim=1, keepdim=True) if packed is None else packed.spread(images)
 
 
 class Gate:

@@ -203,6 +203,13 @@ def embedding_std(language_model: nn.Module) -> float:
     return (table.std() * scale).item()
 
 
+def attention_window(config) -> int | None:
+    """How far back every layer looks, in tokens; ``None`` where all look at everything."""
+    config = config.get_text_config()
+    windows = (getattr(config, field, None) for field in WINDOW_FIELDS)
+    return min((window for window in windows if window), default=None)
+
+
 def context_length(config) -> int | None:
     """Longest sequence the LLM was made for; ``None`` if its config sets no bound (Bloom)."""
     config = config.get_text_config()
@@ -229,7 +236,7 @@ def as_bias(language_model: nn.Module, mask: Tensor | None, dtype: torch.dtype) 
 def branch_limit(bridge: nn.Module) -> int | None:
     """Longest chat, in tokens, for which chats that share a prefix are computed exactly.
 
-    Tries it on the bridge's LLM: two branches behind a prefix in one row (``data.share_prefix``)
+    Tries it on the bridge's LLM: two branches behind a prefix in one row (``packing.share_prefix``)
     against the second one alone. ``None`` is "any length".
 
     Raises:
@@ -273,5 +280,4 @@ def branch_limit(bridge: nn.Module) -> int | None:
             f"{config.model_type} language models take no positions and masks that let chats share "
             "a prefix; set data.chats_per_sample: 1."
         )
-    windows = (getattr(config, field, None) for field in WINDOW_FIELDS)
-    return min((window for window in windows if window), default=None)
+    return attention_window(config)

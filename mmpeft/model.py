@@ -16,9 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmpeft import adapters, checkpoint
+from mmpeft.attention import NO_MASK
 from mmpeft.gate import Gate, gate_mask
 from mmpeft.language_model import as_bias
 from mmpeft.layout import ImageLayout, ResolutionConfig
+from mmpeft.loss import summed_loss, summed_loss_in_chunks
+from mmpeft.packing import PackedRow
 
 IMAGE_INPUTS = (
     "pixel_values", "image_sizes", "image_features", "image_embeds", "qformer_input_ids",
@@ -74,6 +77,9 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
+    supervised_logits = True
+    logits_chunk: int | None = None
+    _plain_logits: bool | None = None
 
     def __init__(self, config: BridgeConfig, vision_encoder, connector, language_model):
         super().__init__(config)
@@ -149,6 +155,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_embeds: Tensor | None = None,  # (image tokens, D), instead of either
         qformer_input_ids: Tensor | None = None,  # (images, Tq), for connectors that read the text
         qformer_attention_mask: Tensor | None = None,  # (images, Tq)
+        packed: PackedRow | None = None,  # how the one row is made of samples
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -156,7 +163,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One pass. Without ``mm_token_type_ids`` the batch is text only.
 
         In training mode with ``labels`` the vocabulary projection runs at supervised positions
-        only and ``logits`` is ``None``.
+        only and ``logits`` is ``None``, unless the attribute ``supervised_logits`` is off. A row of
+        several samples comes with ``packed``, and its LLM from :func:`serve_packed_rows`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
@@ -171,26 +179,42 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif mm_token_type_ids is not None and adapter_mask is None and mm_token_type_ids.any():
             raise ValueError("mm_token_type_ids marks image positions but no image was passed.")
 
-        mask = self._adapter_mask(adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds)
+        mask = self._adapter_mask(
+            adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds, packed
+        )
         self._gate.mask = None if mask is None or mask.all() else mask  # open: nothing to mask
-        supervised = None
-        if labels is not None:
-            kwargs.setdefault("use_cache", False)
-            supervised = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T): where the next is learned
-        only = self._project_only(supervised) if self.training and labels is not None else None
-        with only or nullcontext():
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=as_bias(self.language_model, attention_mask, inputs_embeds.dtype),
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+        if packed is not None:
+            attention_mask, kwargs = NO_MASK, kwargs | {"packed": packed}
+        call = kwargs | {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": as_bias(self.language_model, attention_mask, inputs_embeds.dtype),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
         if labels is None:
-            return outputs
-        logits = outputs.logits[0] if only else outputs.logits[supervised]  # (supervised, V)
-        outputs.loss = _token_loss(logits, labels[:, 1:], num_items_in_batch)
+            return self.language_model(**call, logits_to_keep=logits_to_keep)
+        return self._learn({"use_cache": False} | call, labels, num_items_in_batch)
+
+    def _learn(self, call: dict, labels: Tensor, num_items_in_batch) -> CausalLMOutputWithPast:
+        """The LLM's outputs for ``call`` with the loss: nats per learned token.
+
+        Their number, ``num_items_in_batch``, is counted over all accumulated micro-batches and
+        processes, so that the gradient does not depend on how a batch was cut.
+        """
+        supervised = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T): where the next is learned
+        targets = labels[:, 1:][supervised[:, :-1]]  # (n,)
+        only = self.training and self.supervised_logits
+        chunk = self.logits_chunk or len(targets)
+        chunked = only and len(targets) > chunk and self._projects_last()
+        with self._project_only(supervised, chunked) if only else nullcontext() as hidden:
+            outputs = self.language_model(**call)
+        if chunked:
+            total = summed_loss_in_chunks(self.get_output_embeddings(), hidden[0], targets, chunk)
+        else:
+            logits = outputs.logits[0] if only else outputs.logits[supervised]  # (n, V)
+            total = summed_loss(logits, targets)
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        outputs.loss = total / count
         if only:
             outputs.logits = None
         return outputs
@@ -259,7 +283,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             positions.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype)
         )
 
-    def _adapter_mask(self, given, mm_token_type_ids, past_key_values, inputs_embeds):
+    def _adapter_mask(self, given, mm_token_type_ids, past_key_values, inputs_embeds, packed):
         if self.config.gate == "none":
             return None
         if given is not None:
@@ -272,18 +296,41 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if mm_token_type_ids is None:
             return inputs_embeds.new_zeros(batch_size, 1, dtype=torch.bool)
-        return gate_mask(self.config.gate, mm_token_type_ids)
+        return gate_mask(self.config.gate, mm_token_type_ids, packed)
 
     @contextmanager
-    def _project_only(self, positions: Tensor):
-        """Inside, the LLM's vocabulary projection sees ``positions`` (B, T) only: (1, n, V)."""
-        hook = self.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0][positions].unsqueeze(0),)
-        )
+    def _project_only(self, positions: Tensor, first: bool = False):
+        """Inside, the LLM's vocabulary projection sees ``positions`` (B, T) only: (1, n, V).
+
+        With ``first`` only the first of them; yields a list that then holds what it would have
+        seen, ``(n, D)``.
+        """
+        hidden = []
+
+        def choose(_, args):
+            chosen = args[0][positions]  # (n, D)
+            if first:
+                hidden.append(chosen)
+            return (chosen[: 1 if first else None].unsqueeze(0),)
+
+        hook = self.get_output_embeddings().register_forward_pre_hook(choose)
         try:
-            yield
+            yield hidden
         finally:
             hook.remove()
+
+    @torch.no_grad()
+    def _projects_last(self) -> bool:
+        """Whether the LLM's logits are its vocabulary projection, not scaled or capped after it."""
+        if self._plain_logits is None:
+            mask, self._gate.mask = self._gate.mask, None
+            table = self.get_input_embeddings().weight
+            embeds = torch.linspace(-1, 1, table.shape[1]).to(table)[None, None]  # (1, 1, D)
+            with self._project_only(torch.ones(1, 1, dtype=torch.bool), True) as hidden:
+                logits = self.language_model(inputs_embeds=embeds, use_cache=False).logits
+            self._gate.mask = mask
+            self._plain_logits = torch.equal(logits[0], self.get_output_embeddings()(hidden[0]))
+        return self._plain_logits
 
     # ------------------------------------------------------------------------------- generate
 
@@ -380,17 +427,6 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hub = {key: kwargs.pop(key) for key in checkpoint.HUB_OPTIONS if key in kwargs}
         directory = checkpoint.find_checkpoint(pretrained_model_name_or_path, **hub)
         return checkpoint.load_model(cls, directory, **kwargs)
-
-
-def _token_loss(logits: Tensor, next_labels: Tensor, num_items_in_batch) -> Tensor:
-    """Cross-entropy over the supervised tokens, ``logits`` (n, V), divided by their global count.
-
-    ``num_items_in_batch`` counts them over all accumulated micro-batches and processes, so that
-    the gradient does not depend on how a batch was cut.
-    """
-    targets = next_labels[next_labels != -100]  # (n,)
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
 AutoConfig.register(BridgeConfig.model_type, BridgeConfig, exist_ok=True)

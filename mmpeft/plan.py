@@ -39,7 +39,7 @@ def plan(recipe, overrides: list[str] = ()) -> dict:
     ]
     memory = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
     for stage in stages:
-        adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
+        adapters.set_trainable(model, **config.trained_parts(stage))
         for part, row in zip(parts, adapters.freeze_plan(model), strict=True):
             part[stage] = row.trained
         memory[stage] = sum(

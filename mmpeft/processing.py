@@ -7,6 +7,7 @@ to the vocabulary, and whatever a user writes stays text (see :mod:`mmpeft.conve
 import re
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -222,10 +223,26 @@ class BridgeProcessor(ProcessorMixin):
         rendered, spans = self._render(chat, None, mark_assistant=True)
         special = self.add_special_tokens and not self._opens(rendered)
         row = self._encode(chat.segments(rendered), chat.pictures, spans, special)
-        mask = row.pop("assistant_masks")
-        pairs = zip(row["input_ids"], mask, strict=True)
-        row["labels"] = [token if learned else -100 for token, learned in pairs]
-        return row, chat.pictures
+        row["labels"] = np.where(row.pop("assistant_masks"), row["input_ids"], -100)
+        return {key: array.tolist() for key, array in row.items()}, chat.pictures
+
+    def encode_prompt(self, messages) -> tuple[dict[str, list[int]], list[Picture], list[int]]:
+        """A chat that waits for the assistant's reply, the pixels of its images still unread.
+
+        Returns:
+            ``{"input_ids", "mm_token_type_ids"}`` (T each), the pictures, for
+            :meth:`image_inputs`, and how many positions each of them takes.
+        """
+        chat = self._chat(messages)
+        rendered, _ = self._render(chat, None, mark_assistant=False, add_generation_prompt=True)
+        special = self.add_special_tokens and not self._opens(rendered)
+        row = self._encode(chat.segments(rendered), chat.pictures, None, special)
+        counts = [self._num_tokens(picture) for picture in chat.pictures]
+        return {key: array.tolist() for key, array in row.items()}, chat.pictures, counts
+
+    def pictures(self, messages) -> list[Picture]:
+        """The pictures of a chat in reading order, unread; a clip as its frames."""
+        return self._chat(messages).pictures
 
     def _render(self, chat, chat_template, mark_assistant: bool, **kwargs):
         """The chat as text, and the character spans the assistant wrote (``None`` if unmarked)."""
@@ -277,16 +294,25 @@ class BridgeProcessor(ProcessorMixin):
             return resolutions[0][2]
         return self.image_processor.num_image_tokens(*image_size(picture.source))
 
-    def image_inputs(self, pictures: list[Picture], where: str = "") -> dict:
+    def image_inputs(self, pictures: list[Picture], where: str = "", change=None) -> dict:
         """Model inputs of images: pixels, sizes, and the words beside them where they are read.
 
-        ``where`` opens error messages, for example ``"data.jsonl line 3: "``.
+        ``where`` opens error messages, for example ``"data.jsonl line 3: "``. ``change`` is called
+        with each loaded picture and that name of it, and gives the picture to be shown instead.
 
         Raises:
             ValueError: an image cannot be read, or the words beside it are too many.
         """
-        loaded = [load_image(p.source, f"{where}image {n}") for n, p in enumerate(pictures, 1)]
+        names = [f"{where}image {n}" for n in range(1, len(pictures) + 1)]
+        loaded = [load_image(p.source, name) for p, name in zip(pictures, names, strict=True)]
+        if change is not None:
+            loaded = list(map(change, loaded, names))
         inputs = dict(self.image_processor(loaded, return_tensors="pt"))
+        return inputs | self.instruction_inputs(pictures, where)
+
+    def instruction_inputs(self, pictures: list[Picture], where: str = "") -> dict:
+        """The words beside images, for a connector that reads them; else nothing."""
+        inputs = {}
         if self.qformer_tokenizer is not None:
             texts = self.qformer_tokenizer(
                 [picture.instruction for picture in pictures], padding=True, return_tensors="pt",
@@ -304,31 +330,42 @@ class BridgeProcessor(ProcessorMixin):
 
     def _encode(
         self, segments, pictures, assistant_spans=None, add_special_tokens=False
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, np.ndarray]:
         """Tokenise ``(text, kind)`` segments to one row, as the tokenizer would the whole text.
 
         ``kind`` is ``False`` (template text), ``True`` (an image) or ``"literal"`` (text whose
         special tokens must stay text). ``assistant_spans`` are character ranges of the rendered
-        text, in which an image or literal counts as its sentinel.
+        text, in which an image or literal counts as its sentinel. Arrays of (T,).
         """
+        segments = [(text, kind, *width) if width else (text, kind, len(text))
+                    for text, kind, *width in segments]  # fmt: skip
+        written = np.zeros(sum(width for _, _, width in segments), bool)  # by the assistant
+        for start, end in assistant_spans or ():
+            written[start:end] = True
         parts, position = [], 0  # in the rendered text
-        for text, kind, *width in segments:
-            step = 0 if kind else 1  # a literal has one place in the rendered text
-            places = [position + step * i for i in range(len(text))]
-            learned = [any(a <= at < b for a, b in assistant_spans or ()) for at in places]
-            parts.append(Part(text, kind, learned))
-            position += width[0] if width else len(text)
-        row = {"input_ids": [], "mm_token_type_ids": [], "assistant_masks": []}
-        counts, front = map(self._num_tokens, pictures), []
+        for text, kind, width in segments:
+            own = written[position : position + width]
+            # a literal has one place in the rendered text
+            parts.append(Part(text, kind, np.full(len(text), own[0]) if kind else own))
+            position += width
+        front = 0
         if self.images_first:
-            front = [(None, False) for part in parts if part.kind is True]
+            front = sum(part.kind is True for part in parts)
             parts = [part for part in parts if part.kind is not True]
-        for token, learned in [*front, *tokenise(self.tokenizer, parts, add_special_tokens)]:
-            is_image = token is None
-            ids = [self.tokenizer.pad_token_id] * next(counts) if is_image else [token]
-            row["input_ids"] += ids
-            row["mm_token_type_ids"] += [int(is_image)] * len(ids)
-            row["assistant_masks"] += [int(learned)] * len(ids)
+        ids, learned = tokenise(self.tokenizer, parts, add_special_tokens)
+        if front:
+            ids = np.concatenate([np.full(front, -1), ids])
+            learned = np.concatenate([np.zeros(front, bool), learned])
+        is_image = ids < 0
+        if pictures:
+            counts = np.ones(len(ids), int)
+            counts[is_image] = [self._num_tokens(picture) for picture in pictures]
+            ids, learned, is_image = (np.repeat(a, counts) for a in (ids, learned, is_image))
+        row = {
+            "input_ids": np.where(is_image, self.tokenizer.pad_token_id, ids),
+            "mm_token_type_ids": is_image.astype(int),
+            "assistant_masks": learned.astype(int),
+        }
         if assistant_spans is None:
             del row["assistant_masks"]
         if self.max_length is not None and len(row["input_ids"]) > self.max_length:
@@ -346,6 +383,7 @@ class BridgeProcessor(ProcessorMixin):
             raise ValueError("truncation could cut through an image; shorten the text instead.")
         if unknown:
             raise ValueError(f"BridgeProcessor has no option {', '.join(unknown)}.")
+        rows = [{key: array.tolist() for key, array in row.items()} for row in rows]
         for row in rows:
             row["attention_mask"] = [1] * len(row["input_ids"])
         data = {key: [row[key] for row in rows] for key in rows[0]}

@@ -1,6 +1,7 @@
 """Training: build the parts, hand them to transformers.Trainer, stage by stage."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -9,26 +10,28 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, set_seed
 
-from mmpeft import adapters, checkpoint
+from mmpeft import adapters, checkpoint, feature_cache
+from mmpeft.calibration import calibrate
 from mmpeft.config import STAGES, RunConfig, load
-from mmpeft.data import Collator, ConversationDataset, WithReplay
-from mmpeft.language_model import branch_limit, embedding_std
+from mmpeft.data import Collator, ConversationDataset
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.processing import BridgeProcessor
+from mmpeft.speed import can_pack, compile_layers, compiled
+from mmpeft.training_data import TrainingData
 
 COMPLETE = "complete"  # written last into a Trainer checkpoint; one without it is torn
 
 
-def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
+def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=()) -> Path:
     """Run a recipe from start to end, or on from its last complete checkpoint.
 
     Args:
         recipe: YAML file, see ``configs/``.
         overrides: command-line style, for example ``["--instruct.max_steps", "50"]``.
         resume: continue an interrupted run; the configuration must be the one it began with.
+        callbacks: further ``TrainerCallback``s, for every stage.
 
     Returns:
         the run folder.
@@ -42,17 +45,17 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
     check_run_folder(run, resolved, resume)
     set_seed(config.seed)
     model, processor = build(config)
-    shared = config.data.chats_per_sample > 1
-    dataset = ConversationDataset(
-        config.data.task, "train", processor, config.data.chats_per_sample,
-        held_out=config.retention.vision_samples if config.retention else 0, seed=config.seed,
-        branch_limit=branch_limit(model) if shared else None,
-    )  # fmt: skip
-    align_data = align_dataset(dataset, config)
+    model.supervised_logits = config.speed.supervised_logits
+    model.logits_chunk = config.speed.logits_chunk
+    packing = config.speed.packing and can_pack(model, processor.max_length)
+    collator = Collator(processor.tokenizer.pad_token_id, packing, config.speed.pad_to_multiple_of)
+    data = TrainingData.load(model, processor, config)
+    place_encoder(model, config)
+    cache = feature_cache.prepare(model, processor, config, data.sources)
     if config.model.start_from is None:  # else it brings its statistics
-        calibrate(model, align_data)
-    with_replay = add_replay(dataset, config)
-    watch = watch_retention(model, dataset, config)
+        calibrate(model, data.align, cache=cache)
+    watch = watch_retention(model, data.vision, config)
+    also = [*callbacks, *([watch] if watch else [])]  # in stage instruct
     if not resume:  # only now: a mistake found so far leaves no folder behind
         start_run_folder(run, resolved)
     stages = [name for name in STAGES if getattr(config, name) is not None]
@@ -63,10 +66,9 @@ def train(recipe, overrides: list[str] = (), resume: bool = False) -> Path:
             checkpoint.load_trained(model, final)
             continue
         folder = run / "stages" / stage
-        if stage == "align":  # trains the connector alone, which text never meets
-            train_stage(model, align_data, config, stage, folder, resume)
-        else:
-            train_stage(model, with_replay, config, stage, folder, resume, watch)
+        # stage align trains the connector alone, which text never meets
+        rows, watching = (data.align, callbacks) if stage == "align" else (data.instruct, also)
+        train_stage(model, rows, collator, config, stage, folder, resume, cache, watching)
         save_final(model, processor, final)
     print(f"trained: {run}", file=sys.stderr)
     return run
@@ -111,10 +113,10 @@ def build(config: RunConfig):
         )  # fmt: skip
     print(f"images: {model.layout}", file=sys.stderr)
     for stage in (name for name in STAGES if getattr(config, name) is not None):
-        adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
+        adapters.set_trainable(model, **config.trained_parts(stage))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                f"stage {stage} has nothing to train: this connector has no parameters"
+                f"stage {stage} has nothing to train: this connector has no parameters or is frozen"
                 + (f"; set {stage} to null." if stage == "align" else "; set model.adapter.")
             )
     processor = BridgeProcessor.from_model(model, config.data.max_length, parts.chat_template)
@@ -125,75 +127,45 @@ def build(config: RunConfig):
     return model, processor
 
 
-def align_dataset(dataset: ConversationDataset, config: RunConfig) -> ConversationDataset:
-    """What stage align learns from: its own task where there is one, else what instruct does."""
-    if config.data.align is None or config.align is None:
-        return dataset
-    return ConversationDataset(
-        config.data.align, "train", dataset.processor, config.data.chats_per_sample,
-        seed=config.seed, branch_limit=dataset.branch_limit,
-    )  # fmt: skip
-
-
-def add_replay(dataset: ConversationDataset, config: RunConfig):
-    """The data set with the configured replay mixed in; itself if there is none."""
-    if config.data.replay is None:
-        return dataset
-    replay = ConversationDataset(config.data.replay, "train", dataset.processor)
-    mixed = WithReplay(dataset, replay, config.data.replay_share)
-    print(mixed, file=sys.stderr)
-    return mixed
-
-
-@torch.no_grad()
-def calibrate(model, dataset: ConversationDataset, num_images: int = 256) -> None:
-    """Give the connector the statistics of the frozen features, from evenly spread samples."""
-    step = max(1, len(dataset) // num_images)
-    features = []
-    for index in range(0, len(dataset), step):
-        sample = dataset[index]
-        if "pixel_values" in sample:  # one picture, or one tile, of each sample
-            pixel_values = _at_own_size(model, sample)
-            own = pixel_values[len(features) % len(pixel_values)].unsqueeze(0)
-            features.append(model.vision_encoder(own).float())
-        if len(features) == num_images:
-            break
-    if features:
-        std = embedding_std(model.language_model)
-        model.connector.calibrate(torch.cat(features), model.vision_encoder.grid, std)
-
-
-def _at_own_size(model, sample) -> torch.Tensor:
-    """The sample's pixels ``(n, 3, H, W)``, resized to the encoder's own size where they differ."""
-    pixel_values, size = sample["pixel_values"], model.layout.size
-    if model.layout.config.mode != "native":
-        return pixel_values
-    sizes = model.layout.sizes(sample["image_sizes"], len(pixel_values))
-    images = [image[None, :, :h, :w] for image, (h, w) in zip(pixel_values, sizes, strict=True)]
-    return torch.cat([F.interpolate(image, size=size, mode="bilinear") for image in images])
+def place_encoder(model, config: RunConfig) -> None:
+    """Move the vision encoder to the device that will train, before it first encodes."""
+    stages = [getattr(config, name) for name in STAGES if getattr(config, name) is not None]
+    if stages:
+        model.vision_encoder.to(stages[0].device)
 
 
 def train_stage(
-    model, dataset, config: RunConfig, stage: str, folder: Path, resume: bool, watch=None
-) -> None:
-    """One stage on ``transformers.Trainer``; ``watch`` is a callback that logs through it."""
+    model, dataset, collator, config: RunConfig, stage: str, folder: Path, resume: bool,
+    cache=None, callbacks=(),
+) -> None:  # fmt: skip
+    """One stage on ``transformers.Trainer``."""
     arguments = getattr(config, stage)
     arguments.output_dir = str(folder)
     arguments.seed = arguments.data_seed = config.seed
-    adapters.set_trainable(model, connector=True, adapter=stage == "instruct")
+    adapters.set_trainable(model, **config.trained_parts(stage))
     plan = adapters.render_freeze_plan(adapters.freeze_plan(model))
     print(f"\nstage {stage}\n{plan}", file=sys.stderr)
     trainer = BridgeTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(dataset.processor.tokenizer.pad_token_id),
-        callbacks=[MetricsFile(folder.parent.parent, stage)],
+        data_collator=collator,
+        callbacks=[MetricsFile(folder.parent.parent, stage), *callbacks],
     )
-    if watch is not None:
-        watch.trainer = trainer
-        trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    for callback in callbacks:
+        callback.trainer = trainer  # to log through
+    if cache is not None:
+        trainer.feature_cache = cache
+        trainer.add_callback(feature_cache.FlushFeatures(cache))
+    trainer.compiled = compile_layers(model, config.speed.compile, trainer.total_steps())
+    try:
+        with compiled(False):  # only steps, not what callbacks measure between them
+            trainer.train(
+                resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None
+            )
+    finally:
+        if cache is not None:
+            cache.flush()
 
 
 def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
@@ -210,6 +182,25 @@ def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
 
 class BridgeTrainer(Trainer):
     """Trainer whose checkpoints hold what trains, and which has a learning rate per part."""
+
+    compiled = False
+    feature_cache = None  # looks up, or makes, what the frozen encoder would
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        samples = len(self.train_dataset) * self.args.num_train_epochs
+        return math.ceil(samples / (batch * self.args.world_size))
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.feature_cache is None else self.feature_cache.resolve(inputs)
+
+    def training_step(self, *args, **kwargs):
+        with compiled(self.compiled):
+            return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         groups = [

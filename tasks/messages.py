@@ -13,6 +13,9 @@ line has ``"images": [...]``, one for each part in reading order.
 
 A last assistant message with ``"unfinished": true`` was cut by a limit (``mmpeft replay`` writes
 such): its words are learned, the end of the turn behind them is not.
+
+All lines are checked at the start; a row is read from the file when it is used, so the file must
+stay as it is while it is in use.
 """
 
 import json
@@ -36,17 +39,15 @@ class Messages(Task):
     test: str | None = None
 
     def rows(self, split):
+        from mmpeft.jsonl import JsonLines
+
         path = getattr(self, split)
         if path is None:
             raise ValueError(f"task messages has no {split} file; set {split}: FILE.jsonl.")
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"task messages: {split} file {path} does not exist.")
-        with path.open(encoding="utf-8") as lines:
-            rows = [_read(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-        if not rows:
-            raise ValueError(f"{path} has no rows.")
-        return rows
+        return JsonLines(path, _read)
 
     def where(self, row, index):
         return row["where"]

@@ -7,6 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mmpeft import chat_session
+from mmpeft.chat_session import ChatSession
 from mmpeft.demos import chat
 
 from .conftest import assistant, user
@@ -24,6 +26,10 @@ def picture(images, tmp_path):
 
 def last(stream):
     return list(stream)[-1]
+
+
+def stream_reply(model, processor, messages, *options, **more):
+    return ChatSession(model, processor).stream(messages, *options, **more)
 
 
 def plain(model, processor, messages, max_new_tokens=24, **kwargs):
@@ -129,7 +135,7 @@ def test_messages_make_the_same_inputs_as_plain_chats(tiny, picture):
 def test_the_stream_grows_to_what_generate_writes(tiny, images):
     model, processor = tiny
     messages = [user(images[0], "what?"), assistant("red"), user(images[1], "and now?")]
-    pieces = list(chat.stream_reply(model, processor, messages, max_new_tokens=24))
+    pieces = list(stream_reply(model, processor, messages, max_new_tokens=24))
     assert pieces[-1] == plain(model, processor, messages)
     assert pieces[-1]
     assert all(b.startswith(a) for a, b in pairwise(pieces))
@@ -138,8 +144,8 @@ def test_the_stream_grows_to_what_generate_writes(tiny, images):
 def test_the_base_side_is_the_model_with_its_adapter_off(tiny, images):
     model, processor = tiny
     messages = [user(images[0], "what?")]
-    bridge = last(chat.stream_reply(model, processor, messages, "bridge", 24))
-    base = last(chat.stream_reply(model, processor, messages, "base LLM", 24))
+    bridge = last(stream_reply(model, processor, messages, "bridge", 24))
+    base = last(stream_reply(model, processor, messages, "base LLM", 24))
     with model.disable_adapter():
         assert base == plain(model, processor, messages)
     assert base != bridge == plain(model, processor, messages)  # and it is back on
@@ -148,9 +154,9 @@ def test_the_base_side_is_the_model_with_its_adapter_off(tiny, images):
 def test_replies_at_the_same_time_do_not_mix(tiny, images):
     model, processor = tiny
     messages = [user(images[0], "what?")]
-    alone = {side: last(chat.stream_reply(model, processor, messages, side)) for side in chat.SIDES}
+    alone = {side: last(stream_reply(model, processor, messages, side)) for side in chat.SIDES}
     sides = list(chat.SIDES) * 3
-    streams = [chat.stream_reply(model, processor, messages, side) for side in sides]
+    streams = [stream_reply(model, processor, messages, side) for side in sides]
     together = [None] * len(sides)
 
     def read(i):
@@ -170,7 +176,7 @@ def test_temperature_samples(tiny):
     replies = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        replies.append(last(chat.stream_reply(model, processor, messages, temperature=1.5)))
+        replies.append(last(stream_reply(model, processor, messages, temperature=1.5)))
     torch.manual_seed(1)
     sampling = {"do_sample": True, "temperature": 1.5}
     assert replies[1] == plain(model, processor, messages, 128, **sampling) != replies[0]
@@ -186,7 +192,7 @@ def test_an_error_while_generating_reaches_the_reader(tiny, monkeypatch):
     monkeypatch.setattr(model.language_model, "forward", fail)
     for side in chat.SIDES:  # the second shows that the first let go of the model
         with pytest.raises(RuntimeError, match="out of memory"):
-            list(chat.stream_reply(model, processor, [user("hello")], side))
+            list(stream_reply(model, processor, [user("hello")], side))
 
 
 def test_closing_the_stream_stops_the_generation(tiny, monkeypatch):
@@ -201,17 +207,17 @@ def test_closing_the_stream_stops_the_generation(tiny, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.language_model, "forward", count)
-    stream = chat.stream_reply(model, processor, [user("hello")], max_new_tokens=400)
+    stream = stream_reply(model, processor, [user("hello")], max_new_tokens=400)
     next(stream)
     stream.close()
     assert len(steps) < 400
-    assert not chat._model_in_use.locked()
+    assert not chat_session._model_in_use.locked()
 
 
 def test_a_chat_that_leaves_no_room_for_the_reply_is_refused(tiny):
     model, processor = tiny
     with pytest.raises(ValueError, match="reply of 500 does not fit the context of 512"):
-        next(chat.stream_reply(model, processor, [user("hello")], max_new_tokens=500))
+        next(stream_reply(model, processor, [user("hello")], max_new_tokens=500))
 
 
 def test_the_context_is_known_by_any_of_its_names(tiny):
@@ -219,12 +225,12 @@ def test_the_context_is_known_by_any_of_its_names(tiny):
 
     tiny[0].config.text_config = MptConfig(max_seq_len=256)
     with pytest.raises(ValueError, match="does not fit the context of 256"):
-        next(chat.stream_reply(*tiny, [user("hello")], max_new_tokens=255))
+        next(stream_reply(*tiny, [user("hello")], max_new_tokens=255))
 
 
 def test_an_unknown_side_is_refused(tiny):
     with pytest.raises(ValueError, match=r"side 'basis' is unknown; choose one of bridge, base"):
-        next(chat.stream_reply(*tiny, [user("hello")], "basis"))
+        next(stream_reply(*tiny, [user("hello")], "basis"))
 
 
 # ---------------------------------------------------------------------------------- the page
@@ -260,11 +266,12 @@ def test_the_page_replies_over_http(client, tiny, picture):
     turns = [{"role": "user", "content": [image(picture), text("what?")]}]
     for side in chat.SIDES:
         client.reset_session()
-        got = client.predict(message, side, 16, 0, api_name="/reply")
-        assert got == last(chat.stream_reply(*tiny, turns, side, 16))
+        got, speed = client.predict(message, side, 16, 0, api_name="/reply")
+        assert "first token" in speed
+        assert got == last(stream_reply(*tiny, turns, side, 16))
     turns += [assistant(got), user("sure?")]  # the second turn sees the whole chat
-    got = client.predict({"text": "sure?", "files": []}, "bridge", 16, 0, api_name="/reply")
-    assert got == last(chat.stream_reply(*tiny, turns, "bridge", 16))
+    got, _ = client.predict({"text": "sure?", "files": []}, "bridge", 16, 0, api_name="/reply")
+    assert got == last(stream_reply(*tiny, turns, "bridge", 16))
 
 
 def test_the_page_shows_what_was_wrong_and_goes_on(client, tiny, picture, tmp_path, monkeypatch):
@@ -275,7 +282,7 @@ def test_the_page_shows_what_was_wrong_and_goes_on(client, tiny, picture, tmp_pa
 
     def ask(text, *files):
         message = {"text": text, "files": [handle_file(file) for file in files]}
-        return client.predict(message, "bridge", 16, 0, api_name="/reply")
+        return client.predict(message, "bridge", 16, 0, api_name="/reply")[0]
 
     for wrong, problem in (
         (("what?", broken), "broken.png is not an image"),
@@ -287,7 +294,7 @@ def test_the_page_shows_what_was_wrong_and_goes_on(client, tiny, picture, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(tiny[0].connector, "forward", lambda *_: 1 / 0)
         assert ask("what?", picture)["content"] == "division by zero"
-    alone = last(chat.stream_reply(*tiny, [user("hello")], max_new_tokens=16))
+    alone = last(stream_reply(*tiny, [user("hello")], max_new_tokens=16))
     assert ask("hello") == alone  # what failed is not part of the chat
 
 

@@ -1,6 +1,7 @@
 """Packaged chat templates, marks for templates without them, and whole-text tokenisation."""
 
 import copy
+import random
 import re
 
 import pytest
@@ -16,7 +17,7 @@ from tokenizers import (
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmpeft import BridgeProcessor, chat_template
+from mmpeft import BridgeProcessor, chat_template, tokenise
 from mmpeft.chat_template import load_template, marked_twin, marks_assistant, names
 
 from .conftest import assistant, user
@@ -294,6 +295,52 @@ def test_a_special_token_that_a_user_spells_is_text_like_its_neighbours(processo
     whole = marked("#mark#no </s>no bl ", add_special_tokens=False, split_special_tokens=True)
     assert said == whole.input_ids[1:]
     assert ids.count(tokenizer.eos_token_id) == 1
+
+
+ODD_TOKENS = [
+    AddedToken("<wide>", lstrip=True, rstrip=True, normalized=False),
+    AddedToken("<right>", rstrip=True, normalized=False, special=True),
+    AddedToken("bl", normalized=True),
+    AddedToken("lue", normalized=True, single_word=True),
+    AddedToken("</s", normalized=False),  # another begins like it
+]
+ALONE = AddedToken("no", single_word=True, normalized=False)
+PIECES = ["</s>", "<s>", "<unk>", "<|user|>", "<wide>", "<right>", "</s", "bl", "no", "blue no",
+          " ", "  ", "\n", "Answer: b", "é", "."]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [[], ODD_TOKENS, [*ODD_TOKENS, ALONE]])
+def test_what_is_remembered_of_a_text_changes_no_token(processor, odd):
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens(odd)
+    draw = random.Random(0)
+    texts = ["", *("".join(draw.choices(PIECES, k=draw.randint(1, 9))) for _ in range(300))]
+    for text in texts:
+        for special in (False, True):
+            inputs = processor(text=text, add_special_tokens=special)
+            special &= not text.startswith(tokenizer.bos_token)
+            assert inputs["input_ids"][0] == tokenizer(text, add_special_tokens=special).input_ids
+
+
+def test_a_stretch_is_tokenised_once(processor, monkeypatch):
+    asked, plain = [], tokenise._Marked.encode_once
+
+    def encode_once(self, text, *options):
+        asked.append(text)
+        return plain(self, text, *options)
+
+    monkeypatch.setattr(tokenise._Marked, "encode_once", encode_once)
+    one, two = ([{"role": "user", "content": "no blue?"}, assistant(a)] for a in ("no", "blue"))
+    first = processor.encode_chat(one)[0]
+    count = len(asked)
+    assert processor.encode_chat(one)[0] == first and len(asked) == count
+    processor.encode_chat(two)
+    assert len(asked) == count + 1  # the answer
+    long = [{"role": "user", "content": "no " * tokenise.LONGEST}, assistant("no")]
+    for _ in range(2):  # too long to be kept
+        before = len(asked)
+        processor.encode_chat(long)
+        assert len(asked) > before
 
 
 def test_a_tokenizer_that_cannot_tell_them_apart_says_so(images):

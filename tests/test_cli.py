@@ -29,7 +29,8 @@ def test_ask_prints_one_json_object_and_nothing_else(run, capsys, tmp_path):
     report = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert report["schema"] == "mmpeft.ask/1" and report["model"] == "bridge"
-    assert set(report) == {"schema", "run", "model", "question", "images", "reply"}
+    speed = {"new_tokens", "first_token_seconds", "tokens_per_second"}
+    assert set(report) == {"schema", "run", "model", "question", "images", "reply", *speed}
 
 
 def test_eval_reports_and_reproduces_to_the_item(run, capsys, tmp_path):
@@ -41,7 +42,10 @@ def test_eval_reports_and_reproduces_to_the_item(run, capsys, tmp_path):
     assert set(report["controls"]) == {"majority", "image_withheld", "image_shuffled"}
     fresh = [sys.executable, "-m", "mmpeft", "eval", run, "--task", "messages", "--json"]
     again = subprocess.run(fresh, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == report and items.read_text() == first
+    repeated = json.loads(again.stdout)
+    for timed in (report, repeated):
+        assert timed.pop("seconds") > 0 and timed.pop("replies_per_second") > 0
+    assert repeated == report and items.read_text() == first
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ instruct:
   logging_steps: 1
   connector_learning_rate: 1e-4
   adapter_learning_rate: 1e-2
+speed: {{feature_cache: off}}
 """
 
 
@@ -131,3 +132,43 @@ def test_a_model_without_a_part_says_which(tmp_path):
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match="model lacks connector; set it, or model.start_from"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cores", "processes", "given", "workers"),
+    [
+        (False, 16, 1, None, 0),
+        (True, 16, 1, None, 4),
+        (True, 3, 1, None, 2),
+        (True, 1, 1, None, 0),
+        (True, 16, 8, None, 1),
+        (True, 4, 8, None, 0),
+        (False, 1, 1, 2, 2),
+        (True, 16, 1, 0, 0),
+    ],
+)
+def test_workers_are_for_a_device_that_would_wait(
+    monkeypatch, cuda, cores, processes, given, workers
+):
+    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(config.TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")  # so that it is put back
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    stage = config.StageConfig(dataloader_num_workers=given)
+    assert stage.dataloader_num_workers == workers
+    assert stage.dataloader_persistent_workers == (workers > 0)
+    assert stage.dataloader_pin_memory == cuda
+    quiet = config.os.environ.get("TOKENIZERS_PARALLELISM")
+    assert quiet == ("false" if workers else None)
+    kept = config.StageConfig(
+        dataloader_num_workers=3, dataloader_pin_memory=False, dataloader_persistent_workers=False
+    )
+    assert not kept.dataloader_pin_memory and not kept.dataloader_persistent_workers
+
+
+def test_the_resolved_recipe_leaves_open_what_the_machine_decides(tmp_path):
+    parsed, resolved = config.load(write_recipe(tmp_path))
+    assert "dataloader_num_workers" not in resolved and "pin_memory" not in resolved
+    assert parsed.instruct.dataloader_num_workers == 0 and not parsed.instruct.dataloader_pin_memory

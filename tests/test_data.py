@@ -1,13 +1,16 @@
 """Training samples: supervision, shared prefixes, refusals that name the row."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
-from mmpeft.data import Collator, ConversationDataset, WithReplay, share_prefix
+from mmpeft.data import Collator, ConversationDataset, WithReplay, hold_out
 from mmpeft.layout import ResolutionConfig
+from mmpeft.packing import share_prefix
 from mmpeft.task import Task
 from mmpeft.tasks.messages import Messages
 
@@ -72,6 +75,83 @@ def test_neighbours_in_the_batch_do_not_matter_either(tiny, images):
     together = model(**batch, num_items_in_batch=1).loss
     alone = sum(model(**Collator(0)([s]), num_items_in_batch=1).loss for s in samples)
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
+
+
+KEYS = [
+    ["a"] * 5 + [None, "b", None, "a", "c", "b", "c", "a"],
+    [None] * 6,
+    [("a", 1), ("a", 2)] * 3,
+    [0, None, 1, 0],  # a key like a row's number is no row's number
+    [],
+]
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+@pytest.mark.parametrize("held_out", [0, 1, 2])
+def test_samples_are_cut_from_groups_in_the_order_of_the_file(tiny, keys, size, held_out):
+    if held_out and not keys:
+        return
+    task = InMemory(chats=[[]] * len(keys), keys=keys)
+    dataset = ConversationDataset(task, "train", tiny[1], size, held_out, seed=3)
+    groups = {}
+    for number, key in enumerate(keys):
+        if number not in dataset.held_out:
+            name = ("row", number) if key is None or size == 1 else ("key", key)
+            groups.setdefault(name, []).append(number)
+    expected = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
+    assert list(dataset.samples) == expected and len(dataset) == len(expected)
+    assert expected == [] or dataset.samples[-1] == expected[-1]
+
+
+def test_the_same_rows_are_held_out_as_ever():
+    keys = [number // 3 if number % 7 else None for number in range(40)]
+    task = InMemory(chats=[[]] * 40, keys=keys)
+    groups = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(("row", number) if key is None else key, []).append(number)
+    order, expected = list(groups.values()), []
+    random.Random(5).shuffle(order)
+    while len(expected) < 11:
+        expected += order.pop()
+    assert hold_out(task, task.rows("train"), 11, seed=5) == sorted(expected)
+
+
+class Unread(list):
+    """Rows that must not be looked at."""
+
+    def __getitem__(self, index):
+        raise AssertionError(f"row {index} was read")
+
+    __iter__ = None
+
+
+def test_rows_without_groups_are_not_read_at_the_start(tiny):
+    class Plain(InMemory):
+        group = Task.group
+
+        def rows(self, split):
+            return Unread([None] * 9)
+
+    for size in (1, 4):
+        dataset = ConversationDataset(Plain(), "train", tiny[1], size, held_out=2)
+        assert len(dataset) == 7
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_bad_sample_of_a_worker_is_the_same_one_line(tiny, jsonl, images, replay):
+    content = [{"type": "image", "image": "no.png"}, {"type": "text", "text": "q"}]
+    path = jsonl([{"messages": [{"role": "user", "content": content}, assistant("a")]}])
+    dataset = ConversationDataset(Messages(train=str(path)), "train", tiny[1])
+    if replay:
+        task = InMemory(chats=[[user("q"), assistant("a")]], keys=[None])
+        good = ConversationDataset(task, "train", tiny[1])
+        dataset = WithReplay(good, dataset, 0.5)
+    with pytest.raises(FileNotFoundError, match="line 1: image 1: .*no.png") as here:
+        list(dataset)
+    with pytest.raises(ValueError, match="line 1: image 1: .*no.png") as there:
+        list(DataLoader(dataset, collate_fn=Collator(0), num_workers=1))
+    assert str(there.value) == str(here.value) and "\n" not in str(there.value)
 
 
 def row(ids, labels, marks=None):

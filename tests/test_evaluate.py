@@ -40,7 +40,7 @@ def seen(monkeypatch):
     """Replace generation: answer "Red." with a picture, "blue" without; keep the prompts."""
     calls = {}
 
-    def reply(model, processor, prompts, max_new_tokens, batch_size, name):
+    def reply(model, processor, prompts, max_new_tokens, batch_size, name, sharing):
         calls[name] = prompts
         return ["Red." if e.pictures(*p) else "blue" for p in prompts]
 

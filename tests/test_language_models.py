@@ -17,9 +17,12 @@ from transformers.utils import logging
 
 from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
 from mmpeft.adapters import resolve_targets
+from mmpeft.attention import serve_packed_rows
+from mmpeft.chat_session import SIDES, ChatSession
 from mmpeft.connectors.mlp import MLPConnectorConfig
-from mmpeft.data import Collator, share_prefix
+from mmpeft.data import Collator
 from mmpeft.encoder import TimmEncoderConfig
+from mmpeft.evaluate import generate_replies
 from mmpeft.language_model import (
     branch_limit,
     context_length,
@@ -28,6 +31,8 @@ from mmpeft.language_model import (
     load_language_model,
     load_tokenizer,
 )
+from mmpeft.packing import share_prefix
+from mmpeft.prefix import SharedPrompts
 
 from .conftest import assistant, model_inputs, user
 
@@ -68,6 +73,7 @@ ARCHITECTURES = {
     },
 }  # fmt: skip
 NO_BRANCHES = ("falcon-alibi", "bloom", "mpt")
+UNPACKED = ("gemma2", "gptj", "falcon", "falcon-alibi", "bloom", "mpt")
 WINDOWED = ("mistral", "gemma2", "gemma3_text", "phi3")
 
 
@@ -157,6 +163,38 @@ def test_generation(bridge, images):
     assert torch.equal(generated(model, text), generated(base, text))
 
 
+def test_replies_to_prompts_that_start_alike(architecture, bridge, images, monkeypatch):
+    """The same as row by row, also where starts cannot be shared."""
+    model, processor, _ = bridge
+    monkeypatch.setattr(model.generation_config, "use_cache", True)  # MPT's is off
+    look, other, _ = images
+    prompts = [
+        [user("hm, ", look, "what is this?")], [user("hm, ", look, "and this, then?")],
+        [user("hm, ", other, "what?")], [user("only text")], [user("hm, ", look, "what is this?")],
+        [user("only a bit more text")], [user("hm, ", other, "a rather long question, this")],
+        [user("hm, ", look, other, "both?")],
+    ]  # fmt: skip
+    sharing = SharedPrompts(model, processor)
+    for size in (2, 8):
+        options = (model, processor, prompts, 6, size, None)
+        assert generate_replies(*options, sharing) == generate_replies(*options, False)
+    assert sharing.possible()
+    assert sharing.shares(20, 6) is (architecture not in ("mpt", *WINDOWED))
+
+
+def test_a_chat_goes_on_from_its_cache(bridge, images, monkeypatch):
+    model, processor, _ = bridge
+    monkeypatch.setattr(model.generation_config, "use_cache", True)
+    kept = ChatSession(model, processor)
+    turns = [user(images[0], "what is this?")]
+    for words in ("and now?", "a longer question, more words", "hm"):
+        for side in SIDES:
+            *_, alone = ChatSession(model, processor).stream(turns, side, 12)
+            *_, reply = kept.stream(turns, side, 12)
+            assert reply == alone
+        turns = [*turns, assistant(alone), user(words)]
+
+
 def test_checkpoint(bridge, images, tmp_path):
     model, processor, _ = bridge
     model.save_pretrained(tmp_path)
@@ -193,6 +231,36 @@ def test_chats_that_share_a_prefix(architecture, bridge, images):
     alone, shared = sum(loss([row]) for row in rows), loss(rows)
     model.eval()
     torch.testing.assert_close(shared, alone, atol=1e-3, rtol=1e-4)
+
+
+def test_samples_in_one_row(architecture, bridge, images):
+    """A packed sample has the loss it has alone, or the architecture is left as it was."""
+    model, processor, _ = bridge
+    before = model.language_model.config._attn_implementation
+    why_not = serve_packed_rows(model)
+    if architecture in UNPACKED:
+        assert why_not and model.language_model.config._attn_implementation == before
+        return
+    assert why_not is None
+    chats = [[user(images[0], "what?"), assistant("this")], [user("text"), assistant("that")]]
+    chats += [[user("more text", images[1]), assistant("other")]]
+    samples = []
+    for chat in chats:
+        row, pictures = processor.encode_chat(chat)
+        samples.append(share_prefix([row]))
+        samples[-1] |= processor.image_inputs(pictures) if pictures else {}
+    pad = processor.tokenizer.pad_token_id
+    model.train()
+
+    def loss(collate, samples):
+        return model(**collate(samples), num_items_in_batch=1).loss
+
+    if architecture not in WINDOWED:  # a picture is longer than the window
+        alone = sum(loss(Collator(pad), [sample]) for sample in samples)
+        packed = loss(Collator(pad, packing=True, pad_to_multiple_of=16), samples)
+        torch.testing.assert_close(packed, alone, atol=1e-3, rtol=1e-4)
+    model.eval()
+    model.language_model.set_attn_implementation(before)
 
 
 def test_sizes_the_other_parts_need(random_llm):

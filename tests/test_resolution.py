@@ -7,8 +7,9 @@ from PIL import Image
 import mmpeft
 from mmpeft import adapters
 from mmpeft.connectors.resampler import ResamplerConnectorConfig
-from mmpeft.data import Collator, share_prefix
+from mmpeft.data import Collator
 from mmpeft.layout import ResolutionConfig
+from mmpeft.packing import share_prefix
 
 from .conftest import assistant, model_inputs, user
 
@@ -142,7 +143,7 @@ def test_a_clip_is_its_frames(tiny, images, tmp_path):
 
 @pytest.mark.parametrize("resolution", MODES, ids=lambda config: config.mode)
 def test_statistics_come_from_one_tile_of_each_sample(make_bridge, shapes, resolution):
-    from mmpeft.train import calibrate
+    from mmpeft.calibration import calibrate
 
     model, processor = make_bridge(resolution=resolution)
     samples = []

@@ -1,0 +1,38 @@
+"""Random changes to training pictures, made before the image processor sees them."""
+
+from PIL import Image
+
+
+class Augmentation:
+    """Applies transforms in order to a loaded picture.
+
+    Args:
+        transforms: callables from PIL image to PIL image, such as those of
+            ``torchvision.transforms.v2``.
+        keeps_size: the picture's size decides how many tokens it takes, so it may not change.
+    """
+
+    def __init__(self, transforms: list, keeps_size: bool):
+        self.transforms, self.keeps_size = transforms, keeps_size
+
+    def __call__(self, image: Image.Image, name: str) -> Image.Image:
+        """The changed picture, as RGB; ``name`` is what errors call it.
+
+        Raises:
+            ValueError: a transform gives no picture, or one of another size where that may not be.
+        """
+        for transform in self.transforms:
+            what = f"{name}: data.augmentation: {type(transform).__name__}"
+            changed = transform(image)
+            if not isinstance(changed, Image.Image):
+                raise ValueError(
+                    f"{what} gives a {type(changed).__name__}; use one that gives a PIL image."
+                )
+            if self.keeps_size and changed.size != image.size:
+                was, now = ("{} x {}".format(*size) for size in (image.size, changed.size))
+                raise ValueError(
+                    f"{what} makes {now} pixels of {was}, but a picture's size decides how many "
+                    "tokens it takes; use one that keeps it, or resolution.mode fixed."
+                )
+            image = changed.convert("RGB")
+        return image

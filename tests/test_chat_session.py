@@ -1,0 +1,106 @@
+"""Conversations go on from their KV cache, with the replies they would have had without it."""
+
+import pytest
+
+from mmpeft.chat_session import SIDES, ChatSession, Figures
+
+from .conftest import assistant, user
+
+
+def reply(session, messages, *options, **more):
+    """(reply, figures)"""
+    figures = Figures()
+    *_, text = session.stream(messages, *options, figures=figures, **more)
+    return text, figures
+
+
+def alone(session, messages, *options):
+    return reply(ChatSession(session.model, session.processor), messages, *options)[0]
+
+
+@pytest.fixture
+def session(tiny):
+    return ChatSession(*tiny)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_turn_is_what_it_is_without_a_cache(session, images, monkeypatch, side):
+    encode, encoded = session.model.encode_images, []
+    monkeypatch.setattr(
+        session.model, "encode_images", lambda *a: encoded.append(len(a[0])) or encode(*a)
+    )
+    turns, behind = [user(images[0], "what?")], 0
+    for question in (user("and now?"), user(images[1], "or this?"), user("well?")):
+        text, figures = reply(session, turns, side, 16)
+        assert figures.reused_tokens >= behind and figures.reused_tokens < figures.prompt_tokens
+        behind = figures.prompt_tokens - 1
+        turns = [*turns, assistant(text), question]
+        if figures.reused_tokens:
+            assert len(encoded) < 2
+        assert text == alone(session, turns[:-2], side, 16)
+        encoded.clear()
+    assert behind > 100
+
+
+def test_a_picture_opens_the_gate_for_the_words_before_it(session, images):
+    turns = [user("hello")]
+    first, _ = reply(session, turns, "bridge", 16)
+    turns += [assistant(first), user(images[0], "what?")]
+    second, figures = reply(session, turns, "bridge", 16)
+    assert second == alone(session, turns, "bridge", 16)
+    assert figures.reused_tokens == 0  # the adapter was off in what is cached
+    base, figures = reply(session, turns, "base LLM", 16)
+    assert base == alone(session, turns, "base LLM", 16) and figures.reused_tokens == 0
+
+
+def test_another_picture_and_another_question_share_what_stands_before(session, images):
+    reply(session, [user("see ", images[0], "what?")], "bridge", 8)
+    for turns in (
+        [user("see ", images[1], "what?")],
+        [user("see ", images[0], "where?")],
+        [user("see ", images[0], "what?")],
+        [user("other")],
+    ):
+        text, figures = reply(session, turns, "bridge", 8)
+        assert text == alone(session, turns, "bridge", 8)
+        assert (figures.reused_tokens > 0) is bool(len(turns[0]["content"]) > 1)
+
+
+def test_the_last_conversations_stay(session):
+    for words in ("a question about one thing", "something else altogether, this"):
+        turns = [user(words)]
+        for _ in range(3):  # a conversation that goes on takes the place of what it was
+            text, _ = reply(session, turns, "bridge", 8)
+            turns = [*turns, assistant(text), user("and?")]
+    assert len(session._kept) == session.keep == 2
+    text, figures = reply(session, turns, "bridge", 8)
+    assert figures.reused_tokens > figures.prompt_tokens / 2
+
+
+def test_a_reply_that_was_stopped_leaves_a_cache_that_serves(session, images):
+    session.model.generation_config.eos_token_id = None
+    turns = [user(images[0], "what?")]
+    stream = session.stream(turns, "bridge", 200)
+    next(stream)
+    stream.close()
+    text, figures = reply(session, turns, "bridge", 32)
+    assert figures.reused_tokens == figures.prompt_tokens - 1
+    assert text == alone(session, turns, "bridge", 32)
+
+
+def test_figures(session):
+    session.model.generation_config.eos_token_id = None
+    _, figures = reply(session, [user("hello")], "bridge", 6)
+    assert figures.new_tokens == 6 and 0 < figures.first_token < figures.last_token
+    assert str(figures).startswith("first token ") and str(figures).endswith("tokens/s")
+    _, one = reply(session, [user("hello")], "bridge", 1)
+    assert one.tokens_per_second is None and "tokens/s" not in str(one)
+    assert str(Figures()) == ""
+
+
+def test_an_llm_whose_settings_want_no_cache_is_served_as_it_wants(session, images):
+    session.model.generation_config.use_cache = False
+    turns = [user(images[0], "what?")]
+    text, _ = reply(session, turns, "bridge", 8)
+    again, figures = reply(session, turns, "bridge", 8)
+    assert text == again and figures.reused_tokens == 0 and not session._kept

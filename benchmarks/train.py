@@ -1,0 +1,251 @@
+"""Training throughput against the usual stack, on the same model, rows, precision and machine.
+
+The model is a LLaVA of the starter models (ViT-S/14, two-layer projector, SmolLM2-135M with LoRA on
+its attention), the data easy-VQA with several questions a picture. Theirs is
+``LlavaForConditionalGeneration``, peft and ``transformers.Trainer`` with a collator that pads; ours
+is ``mmpeft train``. Both begin with the same weights and see the same rows in the same order. Each
+runs in its own process, in turns, an epoch at a time; the first epoch's time has everything since
+the process began in it (imports, loading, compiling). Nothing else may run on the machine.
+
+Then each lever: ours without it against ours with all, and with it alone against none.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.stacks import Setting, Stack
+
+# lever: what switches it off. Several questions about one image in a row is off with one question a
+# row, and then as many rows a step.
+LEVERS = {
+    "feature cache": {"speed.feature_cache": "off"},
+    "questions share their image": {"data.chats_per_sample": "1"},
+    "packing": {"speed.packing": "false"},
+    "few lengths": {"speed.pad_to_multiple_of": "1"},
+    "supervised logits": {"speed.supervised_logits": "false"},
+    "compile": {"speed.compile": "off"},
+    "autocast": {"instruct.bf16": "false"},
+}
+
+
+def easy_vqa(folder: Path, images: int, questions: int) -> str:
+    """A part of easy-VQA: pictures with as many questions, drawn with a seed."""
+    from mmpeft.starter import path
+
+    source = path("easy-vqa") / "train"
+    rows = {}
+    for row in json.loads((source / "questions.json").read_text()):
+        rows.setdefault(row[2], []).append(row)
+    full = sorted(image for image, own in rows.items() if len(own) >= questions)
+    chosen = random.Random(0).sample(full, images)
+    (folder / "train" / "images").mkdir(parents=True)
+    for image in chosen:
+        name = f"images/{image}.png"
+        shutil.copy(source / name, folder / "train" / name)
+    kept = [row for image in chosen for row in rows[image][:questions]]
+    (folder / "train" / "questions.json").write_text(json.dumps(kept))
+    return str(folder)
+
+
+def race(stacks: dict[str, Stack], steps: int, rounds: int, bar) -> dict[str, list[dict]]:
+    """Every stack trains ``steps`` steps in turn, ``rounds`` times."""
+    results = {name: [] for name in stacks}
+    for _ in range(rounds):
+        for name, stack in stacks.items():
+            results[name].append(stack.run(steps))
+            bar.update(1)
+    return results
+
+
+def lever_overrides(setting: Setting, off) -> dict:
+    overrides = {key: value for name in off for key, value in LEVERS[name].items()}
+    if "data.chats_per_sample" in overrides:
+        overrides["instruct.per_device_train_batch_size"] = str(setting.questions * setting.images)
+    return overrides
+
+
+def measure_levers(make, setting: Setting, steps: int, rounds: int, names) -> list[dict]:
+    """``{"name", "ratio", "alone"}``: throughput of all by all but it, and of it alone by none."""
+
+    def start(off):
+        stack = make("ours", overrides=lever_overrides(setting, off))
+        stack.run(steps)  # compiles, fills caches
+        return stack
+
+    found = []
+    with tqdm(total=4 * rounds * len(names), desc="levers", unit="turn") as bar:
+        always = {"all": start([]), "none": start(names)}
+        for name in names:
+            own = {"without": start([name]), "alone": start([n for n in names if n != name])}
+            turns = race(always | own, steps, rounds, bar)
+            found.append({
+                "name": name,
+                "ratio": ratio(turns["without"], turns["all"]),
+                "alone": ratio(turns["none"], turns["alone"]),
+            })  # fmt: skip
+            for stack in own.values():
+                stack.close()
+        for stack in always.values():
+            stack.close()
+    return found
+
+
+def ratio(slow: list[dict], fast: list[dict]) -> float:
+    """Median of the ratios of turns that followed each other."""
+    pairs = zip(slow, fast, strict=True)
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+
+
+def bench(arguments) -> dict:
+    """Run it; the report that ``--json`` prints."""
+    import torch
+
+    from mmpeft.train import environment
+
+    with tempfile.TemporaryDirectory(prefix="mmpeft-bench-") as folder:
+        folder, count = Path(folder), iter(range(1000))
+        data = easy_vqa(folder / "data", arguments.images, arguments.questions)
+        epochs, per_epoch = arguments.epochs, arguments.images
+
+        def make(stack, **options):
+            return Stack(Setting(
+                stack, data, str(folder / f"{next(count)}-{stack}"), arguments.image_size,
+                arguments.questions, steps=100_000, dtype=arguments.dtype, **options,
+            ))  # fmt: skip
+
+        stacks, loading = {}, {}
+        for name in ("ours", "theirs"):
+            began = time.perf_counter()
+            stacks[name] = make(name, **({"measure_body": True} if name == "ours" else {}))
+            loading[name] = time.perf_counter() - began
+        with tqdm(total=2 * epochs, desc="both stacks", unit="epoch") as bar:
+            turns = race(stacks, per_epoch, epochs, bar)
+        body, _ = (stacks[name].close() for name in ("ours", "theirs"))
+        setting = Setting("ours", data, "", arguments.image_size, arguments.questions)
+        names = [] if arguments.no_levers else list(LEVERS)
+        if arguments.dtype == "float32":
+            names = [name for name in names if name != "autocast"]
+        levers = []
+        if names:
+            levers = measure_levers(make, setting, arguments.lever_steps, arguments.repeats, names)
+
+    first = {name: loading[name] + turns[name][0]["seconds"] for name in turns}
+    losses = {name: [loss for turn in turns[name] for loss in turn["losses"]] for name in turns}
+    late = {name: statistics.mean(curve[-per_epoch:]) for name, curve in losses.items()}
+    seconds = {name: statistics.median(t["seconds"] for t in turns[name][1:]) for name in turns}
+    rows = per_epoch * arguments.questions
+    return {
+        "schema": "mmpeft.bench.train/1",
+        "setting": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "environment": environment(),
+        "steps": epochs * per_epoch,
+        "throughput_ratio": {
+            "first_epoch": first["theirs"] / first["ours"],
+            "steady": ratio(turns["theirs"][1:], turns["ours"][1:]),
+        },
+        "samples_per_second": {name: rows / seconds[name] for name in seconds},
+        "peak_memory_gb": {name: turns[name][-1]["peak_bytes"] / 1e9 for name in turns},
+        "memory_ratio": turns["ours"][-1]["peak_bytes"] / turns["theirs"][-1]["peak_bytes"],
+        "ceiling_share": body["share"],
+        "body": body,
+        "loss_gap": late["ours"] - late["theirs"],
+        "last_epoch_loss": late,
+        "levers": levers,
+        "first_epoch_seconds": first,
+        "epoch_seconds": {name: [turn["seconds"] for turn in turns[name]] for name in turns},
+        "losses": losses,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def render(report: dict) -> str:
+    """The report as tables."""
+    ours, theirs = (report["samples_per_second"][name] for name in ("ours", "theirs"))
+    memory, body, loss = report["peak_memory_gb"], report["body"], report["last_epoch_loss"]
+    faster = report["throughput_ratio"]
+    lines = [
+        f"{'':24}{'ours':>12}{'usual stack':>14}{'ratio':>9}",
+        f"{'questions/s, steady':24}{ours:>12.2f}{theirs:>14.2f}{faster['steady']:>8.2f}x",
+        f"{'first epoch, s':24}{report['first_epoch_seconds']['ours']:>12.1f}"
+        f"{report['first_epoch_seconds']['theirs']:>14.1f}{faster['first_epoch']:>8.2f}x",
+        f"{'peak memory, GB':24}{memory['ours']:>12.2f}{memory['theirs']:>14.2f}"
+        f"{report['memory_ratio']:>8.2f}x",
+        f"{'loss, last epoch':24}{loss['ours']:>12.4f}{loss['theirs']:>14.4f}"
+        f"{report['loss_gap']:>+9.4f}",
+        "",
+        f"LLM layers, {body['positions']} positions, forward and backward: "
+        f"{body['flops'] / 1e9:.0f} GFLOP/s, {body['share']:.0%} of the machine's "
+        f"{body['ceiling'] / 1e9:.0f} (products of the layers' own shapes: "
+        f"{body['shapes'] / 1e9:.0f})",
+    ]
+    if report["levers"]:
+        lines += ["", f"{'lever':30}{'with all / without it':>23}{'alone / none':>15}"]
+        lines += [
+            f"{row['name']:30}{row['ratio']:>22.2f}x{row['alone']:>14.2f}x"
+            for row in report["levers"]
+        ]
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path) -> None:
+    """Both loss curves over the steps, and over the time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for name, label, style in (("theirs", "usual stack", "-"), ("ours", "mmpeft", "--")):
+        curve, turns = report["losses"][name], report["epoch_seconds"][name]
+        before = report["first_epoch_seconds"][name] - turns[0]
+        each = len(curve) / len(turns)
+        minutes = [
+            (before + sum(turns[: int(i // each)]) + turns[int(i // each)] * (i % each) / each) / 60
+            for i in range(len(curve))
+        ]
+        by_step.plot(range(1, len(curve) + 1), curve, style, label=label, linewidth=1)
+        by_time.plot(minutes, curve, style, label=label, linewidth=1)
+    by_step.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None))
+    by_time.set(xlabel="minutes since the process began")
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=50, help="pictures, one a step (50)")
+    parser.add_argument("--questions", type=int, default=8, help="questions a picture (8)")
+    parser.add_argument("--epochs", type=int, default=4, help="times through the pictures (4)")
+    parser.add_argument("--image_size", type=int, default=168, help="pixels a side (168)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--no_levers", action="store_true", help="the two stacks alone")
+    parser.add_argument("--lever_steps", type=int, default=4, help="steps a turn (4)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each lever (3)")
+    parser.add_argument("--output", default="benchmarks/results", help="folder of the results")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, only that")
+    arguments = parser.parse_args()
+    if arguments.epochs < 2:
+        parser.error("--epochs: the first is measured apart, give 2 or more")
+    with contextlib.redirect_stdout(sys.stderr):
+        report = bench(arguments)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "train.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, output / "train.png")
+    print(json.dumps(report) if arguments.json else render(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,8 +32,10 @@ class Setting:
         folder: where the process may write.
         image_size: pixels a side; the encoder's patches are of 14.
         questions: about each image, in one step.
+        chats: theirs has the questions about an image as turns of one chat, not in a row each.
         images: a step.
         steps: of the whole schedule.
+        seed: draws the weights and the order of the rows.
         dtype: of the frozen parts and of the computation; what trains is float32.
         overrides: keys of a recipe, for ours.
         measure_body: at the end, see :func:`body_share`.
@@ -44,9 +46,11 @@ class Setting:
     folder: str
     image_size: int = 168
     questions: int = 8
+    chats: bool = False
     images: int = 1
     steps: int = 200
     dtype: str = "bfloat16"
+    seed: int = 0
     llm: str = LLM
     vit: str = VIT
     overrides: dict = field(default_factory=dict)
@@ -65,8 +69,9 @@ class Stack:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.stacks", str(path)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=Path(__file__).parents[1],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
         )  # fmt: skip
-        self._answer()  # ready
+        self.learned = self._answer()["learned"]  # tokens an epoch
 
     def run(self, steps: int) -> dict:
         """Train that many steps: ``{"seconds", "losses", "peak_bytes"}``; the peak so far."""
@@ -117,9 +122,9 @@ def _commands(setting: Setting, answers):
             control.should_training_stop = self.left == 0
             self.began = time.perf_counter()
 
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            same_start(model)
-            answer(ready=True)
+        def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+            same_start(model, setting.seed)
+            answer(learned=learned_tokens(train_dataloader.dataset))
             self.wait(control)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -157,6 +162,7 @@ def ours(setting: Setting, commands) -> None:
     vit = {"name": setting.vit, "image_size": setting.image_size, "layers": [-2]}
     lora = {"r": 16, "lora_alpha": 32, "target_modules": TARGETS}
     recipe = {
+        "seed": setting.seed,
         "output_dir": f"{setting.folder}/run",
         "model": {
             "vision_encoder": {
@@ -206,7 +212,7 @@ def theirs(setting: Setting, commands) -> None:
         model=model,
         args=TrainingArguments(
             output_dir=f"{setting.folder}/run", learning_rate=LEARNING_RATE,
-            remove_unused_columns=False, report_to="none", save_strategy="no",
+            remove_unused_columns=False, report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(), **arguments(setting),
         ),
         train_dataset=Questions(setting, processor, model.config.image_token_id),
@@ -220,9 +226,9 @@ def arguments(setting: Setting) -> dict:
     """TrainingArguments that both have."""
     return {
         "max_steps": setting.steps, "per_device_train_batch_size": setting.images,
-        "logging_steps": 1, "seed": 0, "lr_scheduler_type": "constant_with_warmup",
+        "logging_steps": 1, "seed": setting.seed, "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 10, "max_grad_norm": 1.0, "bf16": setting.dtype == "bfloat16",
-        "use_cpu": not _cuda(),
+        "use_cpu": not _cuda(), "save_strategy": "no", "dataloader_num_workers": 0,
     }  # fmt: skip
 
 
@@ -236,15 +242,16 @@ def llava(setting: Setting):
     """The same parts as a LLaVA, and the processor that makes its rows."""
     import torch
     from transformers import (
+        AutoImageProcessor,
         AutoModel,
         AutoModelForCausalLM,
         LlavaConfig,
         LlavaForConditionalGeneration,
     )
 
-    from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
-    from mmpeft.connectors.mlp import MLPConnectorConfig
-    from mmpeft.encoder import TransformersEncoderConfig
+    from mmpeft import BridgeProcessor
+    from mmpeft.image_processing import BridgeImageProcessor
+    from mmpeft.language_model import load_tokenizer
     from mmpeft.starter import resolve
 
     dtype = getattr(torch, setting.dtype)
@@ -263,9 +270,15 @@ def llava(setting: Setting):
     )
     projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     model.model.multi_modal_projector = projector
-    encoder = TransformersEncoderConfig(setting.vit, image_size=setting.image_size, layers=[-2])
-    bridge = BridgeForConditionalGeneration.from_parts(encoder, MLPConnectorConfig(), setting.llm)
-    return model, BridgeProcessor.from_model(bridge)
+    tokens = (setting.image_size // vit.config.patch_size) ** 2
+    how = AutoImageProcessor.from_pretrained(resolve(setting.vit))
+    images = BridgeImageProcessor(
+        size={"height": setting.image_size, "width": setting.image_size}, resample=how.resample,
+        image_mean=how.image_mean, image_std=how.image_std,
+        resolutions=[[setting.image_size, setting.image_size, tokens]],
+    )  # fmt: skip
+    tokenizer = load_tokenizer(setting.llm, None)
+    return model, BridgeProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 class Questions:
@@ -278,7 +291,7 @@ class Questions:
         task = EasyVQA(setting.data)
         self.rows = ConversationDataset(task, "train", processor)
         self.items = ConversationDataset(task, "train", processor, setting.questions).samples
-        self.image_token_id = image_token_id
+        self.image_token_id, self.chats = image_token_id, setting.chats
 
     def __len__(self):
         return len(self.items)
@@ -287,14 +300,24 @@ class Questions:
         import torch
 
         found = []
-        for number in self.items[index]:
-            row = self.rows[int(number)]
+        for row in self._chat(index) if self.chats else map(self._row, self.items[index]):
             ids, is_image = torch.tensor(row["input_ids"]), torch.tensor(row["mm_token_type_ids"])
             found.append({
                 "input_ids": ids.masked_fill(is_image == 1, self.image_token_id),
                 "labels": torch.tensor(row["labels"]), "pixel_values": row["pixel_values"],
             })  # fmt: skip
         return found
+
+    def _row(self, number):
+        return self.rows[number]
+
+    def _chat(self, index):
+        """The questions as turns of one chat: the picture stands before the first."""
+        chats = [self.rows.task.messages(self.rows.rows[n]) for n in self.items[index]]
+        turns = [[chat[0] | {"content": chat[0]["content"][-1:]}, *chat[1:]] for chat in chats[1:]]
+        messages = [message for chat in (chats[0], *turns) for message in chat]
+        row, pictures = self.rows.processor.encode_chat(messages)
+        return [row | self.rows.processor.image_inputs(pictures)]
 
 
 def collate(items: list[list[dict]]) -> dict:
@@ -315,11 +338,21 @@ def collate(items: list[list[dict]]) -> dict:
     }
 
 
-def same_start(model) -> None:
+def learned_tokens(dataset) -> int:
+    """Supervised tokens of all rows."""
+    found = 0
+    for index in range(len(dataset)):
+        rows = dataset[index]
+        for row in rows if isinstance(rows, list) else [rows]:
+            found += sum(int(label) != -100 for label in row["labels"])
+    return found
+
+
+def same_start(model, seed: int) -> None:
     """Give what trains the weights that both stacks begin with."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     down = {_layer(name): p for name, p in trained.items() if "lora_A" in name}
     projector = [p for name, p in trained.items() if "lora_" not in name]  # in order of use
@@ -341,8 +374,8 @@ def body_share(model, batch, dtype: str) -> dict:
 
     Returns:
         ``{"flops", "ceiling", "share", "shapes", "positions"}``: products a second of the body on
-        one batch, of the fastest large square product, their ratio, of products of the body's own
-        shapes, and the length of the row.
+        one batch (those of attention that a mask throws away are not counted), of the fastest large
+        square product, their ratio, of products of the body's own shapes, the length of the row.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -366,10 +399,13 @@ def body_share(model, batch, dtype: str) -> dict:
             states = body(**call).last_hidden_state
         states.backward(torch.ones_like(states))
 
-    with FlopCounterMode(display=False) as counter, compiled(False):
+    with FlopCounterMode(display=False) as counter, compiled(model, False):
         run()
-    with compiled(True):
-        body_flops = counter.get_total_flops() / median_seconds(run)
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = sum(n for op, n in counts.items() if "bmm" not in op and "attention" not in op)
+    needed = linear + (sum(counts.values()) - linear) * seen_share(packed)
+    with compiled(model, True):
+        body_flops = needed / median_seconds(run)
 
     def product(rows, inner, columns):
         a = torch.randn(rows, inner, dtype=kind, device=device)
@@ -385,6 +421,19 @@ def body_share(model, batch, dtype: str) -> dict:
         "flops": body_flops, "ceiling": ceiling, "share": body_flops / ceiling, "shapes": shapes,
         "positions": positions,
     }  # fmt: skip
+
+
+def seen_share(packed) -> float:
+    """Of the products of attention, the share that no mask throws away."""
+    if packed is None:
+        return 0.5
+    seen = every = 0
+    for block in packed.blocks:
+        size = block.length * (block.root[1] + block.length)
+        every += size
+        causal = block.length * (block.length + 1) // 2
+        seen += causal if block.mask is None else int(block.mask.sum())
+    return seen / every
 
 
 def median_seconds(run, repeats: int = 9) -> float:

@@ -12,6 +12,7 @@ Then each lever: ours without it against ours with all, and with it alone agains
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -27,9 +28,10 @@ from benchmarks.stacks import Setting, Stack
 
 # lever: what switches it off. Several questions about one image in a row is off with one question a
 # row, and then as many rows a step.
+SHARING = "questions share their image"
 LEVERS = {
     "feature cache": {"speed.feature_cache": "off"},
-    "questions share their image": {"data.chats_per_sample": "1"},
+    SHARING: {"data.chats_per_sample": "1"},
     "packing": {"speed.packing": "false"},
     "few lengths": {"speed.pad_to_multiple_of": "1"},
     "supervised logits": {"speed.supervised_logits": "false"},
@@ -58,11 +60,11 @@ def easy_vqa(folder: Path, images: int, questions: int) -> str:
 
 
 def race(stacks: dict[str, Stack], steps: int, rounds: int, bar) -> dict[str, list[dict]]:
-    """Every stack trains ``steps`` steps in turn, ``rounds`` times."""
+    """Every stack trains ``steps`` steps in turn, ``rounds`` times, in changing order."""
     results = {name: [] for name in stacks}
-    for _ in range(rounds):
-        for name, stack in stacks.items():
-            results[name].append(stack.run(steps))
+    for number in range(rounds):
+        for name in list(stacks) if number % 2 == 0 else reversed(stacks):
+            results[name].append(stacks[name].run(steps))
             bar.update(1)
     return results
 
@@ -74,20 +76,29 @@ def lever_overrides(setting: Setting, off) -> dict:
     return overrides
 
 
-def measure_levers(make, setting: Setting, steps: int, rounds: int, names) -> list[dict]:
-    """``{"name", "ratio", "alone"}``: throughput of all by all but it, and of it alone by none."""
+def measure_levers(make, setting: Setting, rounds: int, names) -> tuple[list[dict], float]:
+    """``{"name", "ratio", "alone"}``: throughput of all by all but it, and of it alone by none.
 
-    def start(off):
-        stack = make("ours", overrides=lever_overrides(setting, off))
-        stack.run(steps)  # compiles, fills caches
-        return stack
+    And the throughput of all by that of the usual stack when it gets the questions about an image
+    as turns of one chat. A turn is an epoch; one before the first makes caches and kernels warm.
+    """
+    steps = setting.steps
+
+    def start(off, stack="ours", **options):
+        made = make(stack, overrides=lever_overrides(setting, off), **options)
+        made.run(steps)
+        return made
 
     found = []
-    with tqdm(total=4 * rounds * len(names), desc="levers", unit="turn") as bar:
-        always = {"all": start([]), "none": start(names)}
+    with tqdm(total=4 * rounds * len(names) + 2 * rounds, desc="levers", unit="turn") as bar:
+        everything, nothing = start([]), start(names)
+        chats = start([], "theirs", chats=True)
+        turns = race({"all": everything, "chats": chats}, steps, rounds, bar)
+        by_chats = ratio(turns["chats"], turns["all"])
+        chats.close()
         for name in names:
             own = {"without": start([name]), "alone": start([n for n in names if n != name])}
-            turns = race(always | own, steps, rounds, bar)
+            turns = race({"all": everything, "none": nothing} | own, steps, rounds, bar)
             found.append({
                 "name": name,
                 "ratio": ratio(turns["without"], turns["all"]),
@@ -95,9 +106,9 @@ def measure_levers(make, setting: Setting, steps: int, rounds: int, names) -> li
             })  # fmt: skip
             for stack in own.values():
                 stack.close()
-        for stack in always.values():
-            stack.close()
-    return found
+        everything.close()
+        nothing.close()
+    return found, by_chats
 
 
 def ratio(slow: list[dict], fast: list[dict]) -> float:
@@ -112,53 +123,67 @@ def bench(arguments) -> dict:
 
     from mmpeft.train import environment
 
+    names = [] if arguments.no_levers else list(LEVERS)
+    if arguments.dtype == "float32":
+        names = [name for name in names if name != "autocast"]
+    per_epoch, few = arguments.images, arguments.lever_images
     with tempfile.TemporaryDirectory(prefix="mmpeft-bench-") as folder:
-        folder, count = Path(folder), iter(range(1000))
-        data = easy_vqa(folder / "data", arguments.images, arguments.questions)
-        epochs, per_epoch = arguments.epochs, arguments.images
+        folder, count = Path(folder), itertools.count()
 
-        def make(stack, **options):
+        def make(stack, images=few, **options):
+            data = folder / f"data-{images}"
+            if not data.exists():
+                easy_vqa(data, images, arguments.questions)
             return Stack(Setting(
-                stack, data, str(folder / f"{next(count)}-{stack}"), arguments.image_size,
+                stack, str(data), str(folder / f"{next(count)}-{stack}"), arguments.image_size,
                 arguments.questions, steps=100_000, dtype=arguments.dtype, **options,
             ))  # fmt: skip
 
         stacks, loading = {}, {}
         for name in ("ours", "theirs"):
             began = time.perf_counter()
-            stacks[name] = make(name, **({"measure_body": True} if name == "ours" else {}))
+            stacks[name] = make(name, per_epoch, measure_body=name == "ours")
             loading[name] = time.perf_counter() - began
-        with tqdm(total=2 * epochs, desc="both stacks", unit="epoch") as bar:
-            turns = race(stacks, per_epoch, epochs, bar)
+        with tqdm(total=2 * arguments.epochs, desc="both stacks", unit="epoch") as bar:
+            turns = race(stacks, per_epoch, arguments.epochs, bar)
         body, _ = (stacks[name].close() for name in ("ours", "theirs"))
-        setting = Setting("ours", data, "", arguments.image_size, arguments.questions)
-        names = [] if arguments.no_levers else list(LEVERS)
-        if arguments.dtype == "float32":
-            names = [name for name in names if name != "autocast"]
-        levers = []
+        check_equal_work(stacks, turns)
+        seed = make("ours", per_epoch, seed=1)
+        another = seed.run(per_epoch * arguments.epochs)
+        seed.close()
+        levers, by_chats = [], None
         if names:
-            levers = measure_levers(make, setting, arguments.lever_steps, arguments.repeats, names)
+            setting = Setting("ours", "", "", questions=arguments.questions, steps=few)
+            levers, by_chats = measure_levers(make, setting, arguments.repeats, names)
 
     first = {name: loading[name] + turns[name][0]["seconds"] for name in turns}
     losses = {name: [loss for turn in turns[name] for loss in turn["losses"]] for name in turns}
     late = {name: statistics.mean(curve[-per_epoch:]) for name, curve in losses.items()}
     seconds = {name: statistics.median(t["seconds"] for t in turns[name][1:]) for name in turns}
     rows = per_epoch * arguments.questions
+    steady = ratio(turns["theirs"][1:], turns["ours"][1:])
+    unshared = [row["ratio"] for row in levers if row["name"] == SHARING]
     return {
         "schema": "mmpeft.bench.train/1",
         "setting": {key: value for key, value in vars(arguments).items() if key != "json"},
         "environment": environment(),
-        "steps": epochs * per_epoch,
+        "steps": arguments.epochs * per_epoch,
         "throughput_ratio": {
             "first_epoch": first["theirs"] / first["ours"],
-            "steady": ratio(turns["theirs"][1:], turns["ours"][1:]),
+            "steady": steady,
+            "one_question_a_row": steady / unshared[0] if unshared else None,
+            "theirs_one_chat_an_image": by_chats,
         },
         "samples_per_second": {name: rows / seconds[name] for name in seconds},
+        "supervised_tokens_per_second": {
+            name: stacks[name].learned / seconds[name] for name in seconds
+        },
         "peak_memory_gb": {name: turns[name][-1]["peak_bytes"] / 1e9 for name in turns},
         "memory_ratio": turns["ours"][-1]["peak_bytes"] / turns["theirs"][-1]["peak_bytes"],
         "ceiling_share": body["share"],
         "body": body,
         "loss_gap": late["ours"] - late["theirs"],
+        "loss_gap_of_a_seed": late["ours"] - statistics.mean(another["losses"][-per_epoch:]),
         "last_epoch_loss": late,
         "levers": levers,
         "first_epoch_seconds": first,
@@ -168,20 +193,34 @@ def bench(arguments) -> dict:
     }
 
 
+def check_equal_work(stacks: dict[str, Stack], turns: dict[str, list[dict]]) -> None:
+    """Both learn the same tokens, and begin at the same loss (to a rounding of 2%).
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    learned = {name: stack.learned for name, stack in stacks.items()}
+    first = {name: turns[name][0]["losses"][0] for name in turns}
+    apart = abs(first["ours"] / first["theirs"] - 1)
+    if len(set(learned.values())) > 1 or apart > 0.02:
+        raise RuntimeError(f"not the same work: {learned} learned tokens, first losses {first}.")
+
+
 def render(report: dict) -> str:
     """The report as tables."""
     ours, theirs = (report["samples_per_second"][name] for name in ("ours", "theirs"))
     memory, body, loss = report["peak_memory_gb"], report["body"], report["last_epoch_loss"]
-    faster = report["throughput_ratio"]
+    faster, tokens = report["throughput_ratio"], report["supervised_tokens_per_second"]
     lines = [
         f"{'':24}{'ours':>12}{'usual stack':>14}{'ratio':>9}",
         f"{'questions/s, steady':24}{ours:>12.2f}{theirs:>14.2f}{faster['steady']:>8.2f}x",
+        f"{'learned tokens/s':24}{tokens['ours']:>12.1f}{tokens['theirs']:>14.1f}",
         f"{'first epoch, s':24}{report['first_epoch_seconds']['ours']:>12.1f}"
         f"{report['first_epoch_seconds']['theirs']:>14.1f}{faster['first_epoch']:>8.2f}x",
         f"{'peak memory, GB':24}{memory['ours']:>12.2f}{memory['theirs']:>14.2f}"
         f"{report['memory_ratio']:>8.2f}x",
         f"{'loss, last epoch':24}{loss['ours']:>12.4f}{loss['theirs']:>14.4f}"
-        f"{report['loss_gap']:>+9.4f}",
+        f"{report['loss_gap']:>+9.4f}   (of another seed: {report['loss_gap_of_a_seed']:+.4f})",
         "",
         f"LLM layers, {body['positions']} positions, forward and backward: "
         f"{body['flops'] / 1e9:.0f} GFLOP/s, {body['share']:.0%} of the machine's "
@@ -189,6 +228,13 @@ def render(report: dict) -> str:
         f"{body['shapes'] / 1e9:.0f})",
     ]
     if report["levers"]:
+        lines += [
+            "",
+            "against the usual stack, steady: one question a row on both sides "
+            f"{faster['one_question_a_row']:.2f}x; theirs with one chat of "
+            f"{report['setting']['questions']} turns an image "
+            f"{faster['theirs_one_chat_an_image']:.2f}x",
+        ]
         lines += ["", f"{'lever':30}{'with all / without it':>23}{'alone / none':>15}"]
         lines += [
             f"{row['name']:30}{row['ratio']:>22.2f}x{row['alone']:>14.2f}x"
@@ -231,7 +277,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=168, help="pixels a side (168)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--no_levers", action="store_true", help="the two stacks alone")
-    parser.add_argument("--lever_steps", type=int, default=4, help="steps a turn (4)")
+    parser.add_argument(
+        "--lever_images", type=int, default=8, help="pictures, and steps of a turn, of levers (8)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="turns of each lever (3)")
     parser.add_argument("--output", default="benchmarks/results", help="folder of the results")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, only that")

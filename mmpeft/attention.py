@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mmpeft.language_model import counts_places
 from mmpeft.packing import Block, PackedRow, pack
 
 ATTENTION = "mmpeft_packed"
 # Attends to nothing, so an LLM that does not hand the packed row on to its attention fails.
 NO_MASK = torch.zeros(1, 1, 0, 0, dtype=torch.bool)
+UNSERVED = ("softcap", "position_bias", "s_aux", "sinks")  # what some LLMs want of attention
 PROBE = (24, 4)  # tokens of two samples; windows and chunks of an LLM are longer
 LONGEST_MATRIX = 1024  # positions of a block up to which its whole attention matrix is made
 
@@ -36,6 +38,8 @@ def serve_packed_rows(bridge) -> str | None:
     kind, before = model.config.model_type, model.config._attn_implementation
     if before not in ("sdpa", ATTENTION):
         return f"{kind} language models run here with {before} attention, not sdpa"
+    if counts_places(model.config):  # a window that PROBE does not reach
+        return f"{kind} language models count the places of the whole row"
     embed = model.get_input_embeddings()
     ids = (torch.arange(sum(PROBE), device=embed.weight.device) * 7 + 1) % len(embed.weight)
     rows = [
@@ -54,11 +58,11 @@ def serve_packed_rows(bridge) -> str | None:
         return outputs.logits[0, -PROBE[1] :].float()
 
     with bridge.disable_adapter():
-        alone = last({key: value[None] for key, value in rows[1].items()})
-        leaked = last({key: value for key, value in joined.items()} | {
-            "position_ids": torch.arange(len(ids), device=ids.device)[None]})  # fmt: skip
-        model.set_attn_implementation(ATTENTION)
         try:
+            alone = last({key: value[None] for key, value in rows[1].items()})
+            whole = torch.arange(len(ids), device=ids.device)[None]
+            leaked = last(joined | {"position_ids": whole})
+            model.set_attn_implementation(ATTENTION)
             packed = last(joined, joined["packed"])
             exact = (packed - alone).norm() < 0.1 * (leaked - alone).norm()  # rounding is far below
         except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError):
@@ -73,6 +77,8 @@ def attention(module, query, key, value, attention_mask, packed: PackedRow | Non
     """As transformers calls it: ``query`` (B, H, T, d), ``key`` and ``value`` (B, H_kv, T, d)."""
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if given := [name for name in UNSERVED if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention over packed rows has no {', '.join(given)}")
     return _packed_attention(query, key, value, packed, kwargs.get("scaling")), None
 
 
@@ -97,6 +103,9 @@ def _attend(query, key, value, block: Block, scaling: float) -> Tensor:
     if query.device.type == "cpu" and half and block.length <= LONGEST_MATRIX:
         return _attend_by_matrix(query, key, value, block, scaling)
     grouped = query.shape[1] != key.shape[1]
+    if grouped and block.mask is not None:  # CUDA's kernels take one or the other
+        groups, grouped = query.shape[1] // key.shape[1], False
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling,
         enable_gqa=grouped,

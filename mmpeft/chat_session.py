@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
-from mmpeft.language_model import context_length
+from mmpeft.language_model import context_length, rope_limit
 from mmpeft.prefix import Prompt, SharedPrompts, Start, copy_cache, keeps_cache, same_start
 
 SIDES = ("bridge", "base LLM")
@@ -62,11 +62,12 @@ class _Kept:
 class ChatSession:
     """Replies of a bridge, or of its base LLM, to conversations that go on.
 
-    A reply is that of a fresh ``generate`` on the whole chat. What a chat has in common with one
-    of the last conversations on the same side is taken from its KV cache.
+    A reply is that of a fresh ``generate`` on the whole chat, up to rounding, without beams: it is
+    shown as it grows. What a chat has in common with one of the last conversations on the same side
+    is taken from its KV cache.
 
     Args:
-        keep: conversations whose cache stays in memory.
+        keep: conversations whose cache stays in memory; may be 0.
     """
 
     def __init__(self, model, processor, keep: int = 2):
@@ -79,6 +80,7 @@ class ChatSession:
     ) -> Iterator[str]:
         """Generate in a thread; yield the reply so far each time it grows, at least once.
 
+        The last is the whole, decoded at once: some tokenizers drop the space that begins a piece.
         Closing the generator stops the generation.
 
         Args:
@@ -105,7 +107,7 @@ class ChatSession:
             )
         options = {
             "max_new_tokens": max_new_tokens, "do_sample": temperature != 0,
-            "temperature": temperature or None, "streamer": streamer,
+            "temperature": temperature or None, "num_beams": 1, "streamer": streamer,
         }  # fmt: skip
         stopped, errors = threading.Event(), []
         options["stopping_criteria"] = [lambda *_, **__: stopped.is_set()]
@@ -131,15 +133,18 @@ class ChatSession:
             worker.join()
         if errors:
             raise errors[0]
-        if not text:
-            yield text
+        whole = self.processor.tokenizer.decode(streamer.ids, skip_special_tokens=True)
+        if whole != text or not text:
+            yield whole
 
     @torch.inference_mode()
     def _generate(self, prompt: Prompt, side: str, figures: Figures, options: dict) -> None:
         answering = self.model.disable_adapter() if side == SIDES[1] else nullcontext()
         sees = bool(prompt.pictures) and self.model.config.gate != "none"
         setting = (side, sees and side == SIDES[0])  # the gate opens for the text before, too
-        start, before = self._resume(setting, prompt)
+        limit = rope_limit(self.model.config)  # a cache made on its other side is another one
+        fits = limit is None or len(prompt.marks) + options["max_new_tokens"] <= limit
+        start, before = self._resume(setting, prompt) if fits else (None, None)
         behind = figures.reused_tokens = start.width if start else 0
         images = self._shared.gallery.embeds([prompt]) if any(prompt.types[behind:]) else {}
         inputs = self._shared.inputs(start, [prompt], [len(prompt.marks)], images)
@@ -148,7 +153,7 @@ class ChatSession:
             del inputs["past_key_values"]
         with answering:
             (ids,) = self.model.generate(**inputs, **options).tolist()
-        if not keeps:
+        if not keeps or not fits:
             return
         cache = inputs["past_key_values"]
         new = ids[len(prompt.marks) :]
@@ -156,7 +161,8 @@ class ChatSession:
         if before is not None:
             self._kept.remove(before)
         self._kept.append(_Kept(setting, marks, cache))
-        del self._kept[: -self.keep]
+        while len(self._kept) > self.keep:
+            del self._kept[0]
 
     def _resume(self, setting, prompt: Prompt) -> tuple[Start | None, _Kept | None]:
         """The start that one of the conversations shares, and that conversation if it goes on."""
@@ -169,27 +175,31 @@ class ChatSession:
         length, kept = max(shared, key=lambda pair: pair[0], default=(0, None))
         if not length:
             return None, None
+        goes_on = kept if 2 * length >= len(kept.marks) else None
         cache = copy_cache(kept.cache)
         if removed := len(kept.marks) - length:
             try:
                 cache.crop(-removed)
             except RuntimeError:  # a sliding window has forgotten what stood before
-                return None, kept
-        row = [prompt.input_ids[:length]], [prompt.types[:length]], [[1] * length]
-        return Start(cache, *row), kept if 2 * length >= len(kept.marks) else None
+                return None, goes_on
+        row = prompt.input_ids[:length], prompt.types[:length], [1] * length
+        own = (torch.tensor([part], device=self.model.device) for part in row)
+        return Start(cache, *own), goes_on
 
 
 class _Timed(TextIteratorStreamer):
-    """Counts tokens and looks at the clock."""
+    """Keeps the tokens and looks at the clock."""
 
     def __init__(self, tokenizer, figures: Figures):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.figures, self.began = figures, time.perf_counter()
+        self.ids: list[int] = []
 
     def put(self, value):
         if not self.next_tokens_are_prompt:
             self.figures.last_token = time.perf_counter() - self.began
             if self.figures.first_token is None:
                 self.figures.first_token = self.figures.last_token
-            self.figures.new_tokens += 1
+            self.ids += value.tolist()
+            self.figures.new_tokens = len(self.ids)
         super().put(value)

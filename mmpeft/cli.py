@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="draws the rows (0)")
     evaluate.add_argument("--batch_size", type=int, default=64, help="rows at a time (64)")
     evaluate.add_argument(
-        "--no-sharing", action="store_true",
+        "--no_sharing", "--no-sharing", action="store_true", dest="no_sharing",
         help="compute each row from its first token; slower, for comparison",
     )  # fmt: skip
     _add_json(evaluate)

@@ -146,6 +146,11 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = False
 
     def __post_init__(self):
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile would compile the whole bridge anew for every length; set "
+                "speed.compile: on, which compiles the LLM's layers for all of them."
+            )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.dataloader_num_workers is None:
@@ -209,7 +214,10 @@ class RetentionConfig:
 
 @dataclass
 class SpeedConfig:
-    """Work that need not be done; each is on by default, exact, and switched off by its field.
+    """Work that need not be done. Each lever is on by default and switched off by its field.
+
+    All are exact up to rounding; the features of a float32 encoder are rounded on purpose, see
+    ``feature_cache_dtype``.
 
     Attributes:
         feature_cache: keep the frozen encoder's features on disk: on, off, or auto (on where
@@ -243,6 +251,9 @@ class SpeedConfig:
         for name in ("feature_cache", "compile"):  # YAML reads a bare on or off as true or false
             if isinstance(value := getattr(self, name), bool):
                 setattr(self, name, "on" if value else "off")
+        for name in ("pad_to_multiple_of", "logits_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"speed.{name} is {value}; it must be 1 or more.")
         if self.feature_cache_gb <= 0:
             raise ValueError(
                 f"speed.feature_cache_gb is {self.feature_cache_gb}; it must be above 0. Set "
@@ -400,8 +411,12 @@ def did_you_mean(word: str, known) -> str:
 
 def task_of_run(run) -> Task | None:
     """The task a run was trained on; ``None`` for a bare checkpoint folder."""
+    import yaml
+
     path = Path(run) / "config.yaml"
-    return load(path)[0].data.task if path.is_file() else None
+    if not path.is_file():
+        return None
+    return from_spec(yaml.safe_load(path.read_text())["data"]["task"], Task)
 
 
 # ------------------------------------------------------------------ parts inside a checkpoint
@@ -441,9 +456,10 @@ def from_spec(spec: dict, base: type):
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"the checkpoint names {path}, which is no {base.__name__}.")
     known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(spec["init_args"]) - known):
+    options = spec.get("init_args", {})
+    if unknown := sorted(set(options) - known):
         raise ValueError(f"the checkpoint sets unknown options {unknown} of {path}.")
-    return cls(**{name: _built(value, base) for name, value in spec["init_args"].items()})
+    return cls(**{name: _built(value, base) for name, value in options.items()})
 
 
 def _built(value, base: type):

@@ -57,14 +57,16 @@ class ConversationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        with named_in_workers():
-            return self._sample(index)
+        with named_in_workers() as names:
+            return self._sample(index, names)
 
-    def _sample(self, index: int) -> dict:
-        encoded, pictures, where = [], None, ""
+    def _sample(self, index: int, names: list[str]) -> dict:
+        encoded, pictures = [], None
         for number in self.samples[index]:
+            names.clear()
             row = self.rows[number]  # which may be read from disk, each time
             where = self.task.where(row, number)
+            names.append(where)
             chat, own = self._encode(row, where)
             encoded.append(chat)
             if pictures is not None and [p.source for p in own] != [p.source for p in pictures]:
@@ -80,7 +82,10 @@ class ConversationDataset(Dataset):
                 f"{self.branch_limit} that this language model attends to, so it cannot share a "
                 "prefix; set data.chats_per_sample: 1."
             )
-        sample = share_prefix(encoded)
+        try:
+            sample = share_prefix(encoded)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if pictures:
             sample |= self._image_inputs(pictures, f"{where}: ")
         return sample
@@ -191,11 +196,16 @@ class WorkerError(ValueError):
 
 @contextmanager
 def named_in_workers():
-    """Inside, a user's mistake stays its one line when it is made in a worker process."""
+    """Inside, a user's mistake stays its one line when it is made in a worker process.
+
+    Yields a list for the name of the row in hand, with which a message about the row begins; while
+    it is empty the row is being read. Any other error keeps its traceback.
+    """
+    names: list[str] = []
     try:
-        yield
+        yield names
     except (ValueError, OSError) as error:
-        if get_worker_info() is None:
+        if get_worker_info() is None or (names and not str(error).startswith(names[-1])):
             raise
         raise WorkerError(str(error)) from None
 

@@ -8,6 +8,8 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from tqdm import tqdm
 
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.data import check_chat
-from mmpeft.prefix import Prompt, SharedPrompts
+from mmpeft.prefix import Prompt, try_sharing
 from mmpeft.task import Task, parts, pictures, words
 
 SCHEMA = "mmpeft.eval/1"
+ENCODED = 16  # batches of prompts encoded at a time: meanwhile frames of their clips are in memory
 
 
 def evaluate(
@@ -42,12 +45,15 @@ def evaluate(
         the report (see ``docs/json.md``) and the items, one dict a row.
     """
     numbers, rows, chats = draw_rows(task, samples, seed)
-    sharing = share_prefix and SharedPrompts(model, processor)
+    # before the replies, which take long: there may be no train split
+    majority = task.score(_majority_answers(task, chats), rows)
+    sharing = share_prefix and try_sharing(model, processor)
 
     def score(prompts, name):
         replies = generate_replies(
-            model, processor, prompts, task.max_new_tokens, batch_size, name, sharing
-        )
+            model, processor, prompts, task.max_new_tokens, batch_size, name, sharing,
+            lambda i: task.where(rows[i], numbers[i]),
+        )  # fmt: skip
         return replies, task.score(replies, rows)
 
     prompts = [chat[:-1] for chat in chats]
@@ -56,7 +62,6 @@ def evaluate(
     _, withheld = score([_with_picture(prompt, None) for prompt in prompts], "image withheld")
     _, shuffled = score(_shuffle_pictures(prompts, seed), "image shuffled")
     seconds = time.perf_counter() - began
-    majority = task.score(_majority_answers(task, chats), rows)
     controls = {"majority": majority, "image_withheld": withheld, "image_shuffled": shuffled}
 
     types = [task.question_type(row) for row in rows]
@@ -97,53 +102,99 @@ def draw_rows(task: Task, samples: int | None, seed: int, split: str = "test"):
 
 def score_rows(model, processor, task: Task, *, samples: int | None, seed: int = 0) -> dict:
     """Accuracy on test rows without the controls: ``{"n", "accuracy", "ci95"}``."""
-    _, rows, chats = draw_rows(task, samples, seed)
+    numbers, rows, chats = draw_rows(task, samples, seed)
     prompts = [chat[:-1] for chat in chats]
-    replies = generate_replies(model, processor, prompts, task.max_new_tokens, 64, None)
+    replies = generate_replies(
+        model, processor, prompts, task.max_new_tokens, 64, None,
+        where=lambda i: task.where(rows[i], numbers[i]),
+    )  # fmt: skip
     summary = _summary(task.score(replies, rows), {})
     return {key: summary[key] for key in ("n", "accuracy", "ci95")}
 
 
 def generate_replies(
-    model, processor, prompts, max_new_tokens, batch_size, name, sharing=True
-) -> list[str]:
+    model, processor, prompts, max_new_tokens, batch_size, name, sharing=True,
+    where: Callable[[int], str] | None = None,
+) -> list[str]:  # fmt: skip
     """Greedy replies to chats, in the order of ``prompts``.
 
     Args:
         name: what the progress bar says; ``None`` shows none.
-        sharing: run the common starts of the prompts once, see :mod:`mmpeft.prefix`; a
-            :class:`~mmpeft.prefix.SharedPrompts` of an earlier call also knows its pictures.
+        sharing: run the common starts of the prompts once, see :mod:`mmpeft.prefix`; what
+            :func:`~mmpeft.prefix.try_sharing` gave, used again, also knows its pictures.
+        where: names a prompt by its number, for error messages.
     """
     bar = tqdm(total=len(prompts), desc=name, unit="reply", disable=name is None)
     if sharing is True:
-        sharing = SharedPrompts(model, processor)
+        sharing = try_sharing(model, processor)
+    given = processor, prompts, max_new_tokens, batch_size, where, bar.update
+    written = _shared(sharing, *given) if sharing else _in_batches(model, *given)
+    replies = [""] * len(prompts)
     with bar:
-        if not sharing or not sharing.possible():
-            return _row_by_row(model, processor, prompts, max_new_tokens, batch_size, bar.update)
-        places: dict = {}
-        encoded = [Prompt.of(processor, prompt, places) for prompt in prompts]
-        written = sharing.replies(encoded, max_new_tokens, batch_size, bar.update)
-    texts = processor.post_process_image_text_to_text(written)
-    return [text.strip() for text in texts]
+        for numbers, ids in written:
+            texts = processor.post_process_image_text_to_text(ids)
+            for number, text in zip(numbers, texts, strict=True):
+                replies[number] = text.strip()
+    return replies
+
+
+def _shared(sharing, processor, prompts, max_new_tokens, batch_size, where, done):
+    """Yield numbers of prompts and the ids of their replies; what they share runs once."""
+    order, size = _by_picture(prompts), ENCODED * batch_size
+    for first in range(0, len(order), size):
+        numbers, places = order[first : first + size], {}
+        with _named(where, numbers, processor, prompts):
+            written = sharing.replies(
+                [Prompt.of(processor, prompts[i], places) for i in numbers],  # no longer kept
+                max_new_tokens, batch_size, done,
+            )  # fmt: skip
+        yield numbers, written
 
 
 @torch.inference_mode()
-def _row_by_row(model, processor, prompts, max_new_tokens, batch_size, done) -> list[str]:
-    """Every prompt from its first token on, batched by length of text."""
+def _in_batches(model, processor, prompts, max_new_tokens, batch_size, where, done):
+    """The same with every prompt from its first token on, batched by length of text."""
     order = sorted(range(len(prompts)), key=lambda i: len(words(*prompts[i])))
-    replies = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        inputs = processor.apply_chat_template(
-            [prompts[i] for i in batch], add_generation_prompt=True, tokenize=True,
-            return_dict=True, return_tensors="pt", padding=True,
-        ).to(model.device)  # fmt: skip
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = generated[:, inputs["input_ids"].shape[1] :]
-        for i, reply in zip(batch, processor.post_process_image_text_to_text(new), strict=True):
-            replies[i] = reply.strip()
-        done(len(batch))
-    return replies
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        with _named(where, numbers, processor, prompts):
+            inputs = _encode(processor, [prompts[i] for i in numbers]).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        done(len(numbers))
+        yield numbers, ids[:, inputs["input_ids"].shape[1] :]
+
+
+def _encode(processor, prompts):
+    return processor.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        padding=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def _named(where, numbers, processor, prompts):
+    """Inside, an error that one of the prompts makes by itself begins with the name of its row."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        for number in numbers if where is not None else ():
+            try:
+                _encode(processor, [prompts[number]])
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{where(number)}: {error}") from None
+        raise
+
+
+def _by_picture(prompts) -> list[int]:
+    """Numbers of the prompts, in a row those about the same pictures, and of them those alike."""
+    met: dict = {}
+
+    def key(number):
+        parts = pictures(*prompts[number])
+        sources = [v if isinstance(v, (str, Path)) else id(v) for p in parts for v in p.values()]
+        return met.setdefault(tuple(sources), len(met)), words(*prompts[number])
+
+    return sorted(range(len(prompts)), key=key)
 
 
 def _summary(right, controls) -> dict:

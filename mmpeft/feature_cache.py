@@ -19,6 +19,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from mmpeft.feature_store import FeatureStore, bytes_in, remove_abandoned, write
 from mmpeft.images import content_hash, image_size, load_image
 
 FORMAT = 1
+LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "timm", "open_clip_torch")
 SHARD_BYTES, SHARD_PICTURES = 64_000_000, 2048  # a shard is written when it has either
 SPARE_DISK = 1_000_000_000  # bytes of the disk that are left free
 LOOKED_AT = 64  # samples that the size is estimated from
@@ -237,6 +239,7 @@ def describe(model, image_processor, dtype: torch.dtype, autocast: torch.dtype |
         pixels["resolutions"] = [[height, width] for height, width, _ in pixels["resolutions"]]
     description = {
         "format": FORMAT,
+        "made with": {name: version(name) for name in LIBRARIES},
         "weights": model.config.identities["vision_encoder"]["sha256"],
         "vision_encoder": model.config.vision_encoder,
         "pixels": {name: value for name, value in pixels.items() if value is not None},
@@ -395,7 +398,10 @@ def _seconds_to_read(cache: FeatureCache, processor, pictures: list) -> float:
 def _autocast(stages: list) -> torch.dtype | None:
     """What every stage runs the model in by autocast; ``None`` where they differ."""
     kinds = {torch.bfloat16 if s.bf16 else torch.float16 if s.fp16 else None for s in stages}
-    return kinds.pop() if len(kinds) == 1 else None
+    if len(kinds) == 1:
+        return kinds.pop()
+    say("the stages differ in bf16 or fp16, so the encoder runs without autocast.")
+    return None
 
 
 def say(text: str) -> None:
@@ -492,15 +498,16 @@ class _NewPictures(Dataset):
         return len(self.places)
 
     def __getitem__(self, number: int) -> dict:
-        with named_in_workers():
-            return self._inputs(*self.places[number])
+        with named_in_workers() as names:
+            return self._inputs(*self.places[number], names)
 
-    def _inputs(self, dataset, index: int) -> dict:
+    def _inputs(self, dataset, index: int, names: list[str]) -> dict:
         pictures, where = dataset.pictures(index)
-        names = [f"{where}: image {n}" for n in range(1, len(pictures) + 1)]
-        keys = [content_hash(p.source, name) for p, name in zip(pictures, names, strict=True)]
+        names.append(where)
+        called = [f"{where}: image {n}" for n in range(1, len(pictures) + 1)]
+        keys = [content_hash(p.source, name) for p, name in zip(pictures, called, strict=True)]
         sample, new = {"seen": keys}, {}
-        for key, picture, name in zip(keys, pictures, names, strict=True):
+        for key, picture, name in zip(keys, pictures, called, strict=True):
             if key not in self.met and key not in self.store:
                 new[key] = load_image(picture.source, name)
             self.met.add(key)

@@ -8,6 +8,7 @@ two of them does no harm.
 
 import os
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -176,10 +177,10 @@ def bytes_in(folder: Path) -> int:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left half-written."""
-    for path in folder.glob("*.partial"):
+    """Remove what killed processes left half-written, here and beside it."""
+    for path in [*folder.glob("*.partial"), *folder.parent.glob("probe-*")]:
         if time.time() - _written(path) / 1e9 > _ABANDONED:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _checksum(features: Tensor) -> int:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
@@ -94,8 +95,9 @@ def _read(source, what: str) -> tuple[Image.Image | bytes, str]:
         if source.startswith("data:"):
             source = _decode_data_url(source, what)
         else:
-            what = f"{what}: {source}"
-            if not Path(source).is_file():
+            shown = source if len(source) < 300 else f"{source[:60]}..."  # bytes in base64, perhaps
+            what = f"{what}: {shown}"
+            if not os.path.isfile(source):  # also of what is too long for a path
                 raise FileNotFoundError(f"{what} does not exist or is not a file.")
             source = Path(source).read_bytes()
     if not isinstance(source, bytes):

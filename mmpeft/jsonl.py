@@ -1,6 +1,6 @@
 """Rows of a JSONL file, read when they are asked for: memory does not grow with the file.
 
-A file is read once from start to end, to check every line and to note where it begins; of a
+A file is read once from start to end, to parse every line and to note where it begins; of a
 hundred thousand rows, two megabytes stay in memory. A row is parsed anew each time. Every read
 opens the file for itself, so rows may be shared by processes, forked or not.
 """
@@ -8,6 +8,7 @@ opens the file for itself, so rows may be shared by processes, forked or not.
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +64,20 @@ class JsonLines(Sequence):
             for offset, number in self._places:
                 file.seek(offset)
                 yield self._row(int(number), file.readline())
+            self._check(file)
 
+    @contextmanager
     def _open(self):
-        file = self.path.open("rb")
+        with self.path.open("rb") as file:
+            self._check(file)
+            yield file
+
+    def _check(self, file):
         if _version(os.fstat(file.fileno())) != self._version:
-            file.close()
             raise ValueError(
                 f"{self.path} was changed while it was in use, so its rows are no longer those "
-                "that were checked; start again."
+                "that were read at the start; start again."
             )
-        return file
 
     def _row(self, number: int, line: bytes):
         return self._parse(self.path, number, self._text(number, line))

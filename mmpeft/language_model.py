@@ -206,8 +206,32 @@ def embedding_std(language_model: nn.Module) -> float:
 def attention_window(config) -> int | None:
     """How far back every layer looks, in tokens; ``None`` where all look at everything."""
     config = config.get_text_config()
-    windows = (getattr(config, field, None) for field in WINDOW_FIELDS)
+    windows = [getattr(config, field, None) for field in WINDOW_FIELDS]
+    if counts_places(config):
+        windows.append(config.window_size)
     return min((window for window in windows if window), default=None)
+
+
+def counts_places(config) -> bool:
+    """Whether a window is counted in places of the row, whatever mask it is given (GPT-Neo)."""
+    return "local" in getattr(config.get_text_config(), "attention_layers", ())
+
+
+def rope_limit(config) -> int | None:
+    """Longest sequence up to which rotary positions do not depend on its length; ``None``: any.
+
+    Beyond it the keys of a cache are not those of a longer sequence.
+    """
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for own in [given, *(own for own in given.values() if isinstance(own, dict))]:  # or by layer
+        kind = own.get("rope_type") or ""
+        if kind == "longrope":
+            limits.append(own["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def context_length(config) -> int | None:
@@ -274,8 +298,7 @@ def branch_limit(bridge: nn.Module) -> int | None:
             exact = (shared - alone).norm() < 0.1 * (seen - alone).norm()  # rounding is far below
         except (ValueError, RuntimeError, IndexError, TypeError):  # it cannot read such a mask
             exact = False
-    local = "local" in getattr(config, "attention_layers", ())  # counts places in the row (GPT-Neo)
-    if not exact or local:
+    if not exact or counts_places(config):
         raise ValueError(
             f"{config.model_type} language models take no positions and masks that let chats share "
             "a prefix; set data.chats_per_sample: 1."

@@ -78,8 +78,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
     supervised_logits = True
-    logits_chunk: int | None = None
-    _plain_logits: bool | None = None
+    logits_chunk: int | None = None  # only where projects_last()
+    compiled_layers = 0  # see mmpeft.speed
 
     def __init__(self, config: BridgeConfig, vision_encoder, connector, language_model):
         super().__init__(config)
@@ -205,7 +205,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         targets = labels[:, 1:][supervised[:, :-1]]  # (n,)
         only = self.training and self.supervised_logits
         chunk = self.logits_chunk or len(targets)
-        chunked = only and len(targets) > chunk and self._projects_last()
+        chunked = only and len(targets) > chunk
         with self._project_only(supervised, chunked) if only else nullcontext() as hidden:
             outputs = self.language_model(**call)
         if chunked:
@@ -320,17 +320,14 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hook.remove()
 
     @torch.no_grad()
-    def _projects_last(self) -> bool:
+    def projects_last(self) -> bool:
         """Whether the LLM's logits are its vocabulary projection, not scaled or capped after it."""
-        if self._plain_logits is None:
-            mask, self._gate.mask = self._gate.mask, None
-            table = self.get_input_embeddings().weight
-            embeds = torch.linspace(-1, 1, table.shape[1]).to(table)[None, None]  # (1, 1, D)
-            with self._project_only(torch.ones(1, 1, dtype=torch.bool), True) as hidden:
-                logits = self.language_model(inputs_embeds=embeds, use_cache=False).logits
-            self._gate.mask = mask
-            self._plain_logits = torch.equal(logits[0], self.get_output_embeddings()(hidden[0]))
-        return self._plain_logits
+        self._gate.mask = None
+        table = self.get_input_embeddings().weight
+        embeds = torch.linspace(-1, 1, table.shape[1]).to(table)[None, None]  # (1, 1, D)
+        with self._project_only(torch.ones(1, 1, dtype=torch.bool), True) as hidden:
+            logits = self.language_model(inputs_embeds=embeds, use_cache=False).logits
+        return torch.equal(logits[0], self.get_output_embeddings()(hidden[0]))
 
     # ------------------------------------------------------------------------------- generate
 

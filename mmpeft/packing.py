@@ -7,8 +7,9 @@ Positions continue from what is shared, and no token sees a token that it would 
 every token gets the loss and the gradient it would get alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,26 +21,30 @@ def share_prefix(rows: list[dict]) -> dict:
     Returns a row with ``position_ids`` and ``branch_ids`` (-1 in the prefix) besides the rest.
     The prefix ends before the first supervised token and keeps every image whole.
     """
-    keys = [list(zip(*(row[k] for k in row), strict=True)) for row in rows]
-    length = 0
-    for column in zip(*keys, strict=False):
-        if any(token != column[0] for token in column) or rows[0]["labels"][length] != -100:
-            break
-        length += 1
-    # The token before a supervised one predicts it, so it must stand in the same branch.
-    while length and any(row["labels"][length] != -100 for row in rows):
-        length -= 1
-    sample = {key: list(rows[0][key][:length]) for key in rows[0]}
-    sample["position_ids"], sample["branch_ids"] = list(range(length)), [-1] * length
-    for branch, row in enumerate(rows):
-        if branch and any(row["mm_token_type_ids"][length:]):
-            raise ValueError("chats of one group must share their images; they differ here.")
+    rows = [{key: np.asarray(values) for key, values in row.items()} for row in rows]
+    for row in rows:
+        row["labels"] = np.concatenate([[-100], row["labels"][1:]])  # nothing predicts the first
+    length = min(len(row["labels"]) for row in rows)
+    alike = rows[0]["labels"][:length] == -100
+    for row in rows:
         for key, values in row.items():
-            sample[key] += values[length:]
-        rest = len(row["labels"]) - length
-        sample["position_ids"] += range(length, length + rest)
-        sample["branch_ids"] += [branch] * rest
-    return sample
+            alike = alike & (values[:length] == rows[0][key][:length])
+    length = int(alike.cumprod().sum())
+    # The token before a supervised one predicts it, so it must stand in the same branch.
+    if length and any(row["labels"][length] != -100 for row in rows):
+        length -= 1
+    if any(row["mm_token_type_ids"][length:].any() for row in rows[1:]):
+        raise ValueError(
+            "chats of one group must share their images and all that stands before them; put the "
+            "images first, or set data.chats_per_sample: 1."
+        )
+    parts = {key: [rows[0][key][:length], *(row[key][length:] for row in rows)] for key in rows[0]}
+    sample = {key: np.concatenate(values).tolist() for key, values in parts.items()}
+    rests = [len(row["labels"]) - length for row in rows]
+    position_ids = [np.arange(length), *(np.arange(length, length + rest) for rest in rests)]
+    branch_ids = np.repeat(np.arange(-1, len(rows)), [length, *rests])
+    sample["position_ids"] = np.concatenate(position_ids).tolist()
+    return sample | {"branch_ids": branch_ids.tolist()}
 
 
 @dataclass
@@ -87,13 +92,17 @@ class PackedRow:
         stretches = by_token.split(self.trees, dim=1)
         return torch.cat([s.any(1, keepdim=True).expand(s.shape) for s in stretches], 1)
 
-    def to(self, device, **kwargs) -> "PackedRow":
-        """The same with its masks on a device, as batches are moved."""
-        moved = [
-            Block(b.start, b.length, b.root, b.mask if b.mask is None else b.mask.to(device))
-            for b in self.blocks
-        ]
-        return PackedRow(moved, self.trees)
+    def _map(self, change) -> "PackedRow":
+        blocks = [b if b.mask is None else replace(b, mask=change(b.mask)) for b in self.blocks]
+        return PackedRow(blocks, self.trees)
+
+    def to(self, *args, **kwargs) -> "PackedRow":
+        """The same with its masks elsewhere, as ``Tensor.to``."""
+        return self._map(lambda mask: mask.to(*args, **kwargs))
+
+    def pin_memory(self, *args) -> "PackedRow":
+        """The same with its masks in page-locked memory, as data loaders ask for."""
+        return self._map(lambda mask: mask.pin_memory(*args))
 
 
 def pad(rows: list[dict], fill: dict, multiple: int = 1) -> dict:

@@ -4,10 +4,12 @@ Prompts that start alike (a system prompt, then the same picture) have the same 
 it is computed once and handed on: first what all prompts share, then what those about the same
 pictures share, then the rest of each. A picture is encoded once however often it is asked about,
 a prompt that occurs twice is answered once, and rows that have ended leave the batch. The replies
-are those of ``generate``.
+are those of ``generate``, up to rounding.
 """
 
 import copy
+import os
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,16 @@ from transformers.generation import GenerationMode
 
 from mmpeft.conversation import Picture
 from mmpeft.images import content_hash
-from mmpeft.language_model import WINDOW_FIELDS
+from mmpeft.language_model import attention_window, rope_limit
 from mmpeft.processing import pad_rows
 
 FEATURE_BYTES = 2**30  # of encoder features kept for pictures that are asked about again
+PER_ROW = ("attention_mask", "mm_token_type_ids", "position_ids")  # what generate passes of each
+# settings that look at the whole row, with their value when off: padding would count
+READ_ROWS = {
+    "no_repeat_ngram_size": 0, "repetition_penalty": 1, "min_length": 0, "guidance_scale": 1,
+    "bad_words_ids": None, "sequence_bias": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -64,9 +72,9 @@ class Prompt:
 
 def picture_key(source) -> Hashable:
     """Equal for sources that show the same picture; a file is known by its path, size and date."""
-    if isinstance(source, (str, Path)) and (path := Path(source)).is_file():
-        status = path.stat()
-        return str(path), status.st_size, status.st_mtime_ns
+    if isinstance(source, (str, Path)) and os.path.isfile(source):  # a data URL is no path
+        status = os.stat(source)
+        return str(source), status.st_size, status.st_mtime_ns
     return content_hash(source)
 
 
@@ -94,7 +102,8 @@ def new_cache(model) -> DynamicCache:
 def keeps_cache(model) -> bool:
     """Whether the LLM's cache is keys and values alone, which copy; a recurrent state is more."""
     config = model.generation_config
-    plain = config.use_cache is not False and config.cache_implementation is None
+    plain = config.cache_implementation in (None, "hybrid")  # generate takes the latter for None
+    plain = plain and config.use_cache is not False
     kinds = {type(layer) for layer in new_cache(model).layers}
     return plain and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -160,23 +169,33 @@ class Start:
     """What a batch of rows has behind it: a cache and what is in its slots.
 
     Attributes:
-        ids, types, mask: ``(B, slots)``; 0 in the mask is padding.
+        ids, types, mask: int64 ``(B, slots)``; 0 in the mask is padding.
     """
 
     cache: DynamicCache
-    ids: list[list[int]]
-    types: list[list[int]]
-    mask: list[list[int]]
+    ids: Tensor
+    types: Tensor
+    mask: Tensor
 
     def select(self, rows: list[int]) -> "Start":
         """A copy with these rows, a row as often as it is named; the original stays as it is."""
-        cache = copy_cache(self.cache)
-        cache.batch_select_indices(torch.tensor(rows))
-        return Start(cache, *([own[i] for i in rows] for own in (self.ids, self.types, self.mask)))
+        chosen, cache = torch.tensor(rows, device=self.ids.device), copy_cache(self.cache)
+        cache.batch_select_indices(chosen)
+        return Start(cache, self.ids[chosen], self.types[chosen], self.mask[chosen])
 
     @property
     def width(self) -> int:
-        return len(self.mask[0])
+        return self.ids.shape[1]
+
+
+def try_sharing(model, processor) -> "SharedPrompts | None":
+    """What shares starts, or ``None`` and one line on stderr that says why not."""
+    sharing = SharedPrompts(model, processor)
+    why_not = sharing.why_not()
+    if why_not is None:
+        return sharing
+    print(f"prompts share no starts: {why_not}.", file=sys.stderr)
+    return None
 
 
 class SharedPrompts:
@@ -187,12 +206,19 @@ class SharedPrompts:
         self.gallery = Gallery(model, processor)
         self._bears_holes: bool | None = None
 
-    def possible(self) -> bool:
-        """Whether the LLM's cache can be copied, and its own settings are greedy."""
+    def why_not(self) -> str | None:
+        """What :meth:`replies` cannot serve of the LLM and its settings; ``None`` if nothing."""
         config = copy.copy(self.model.generation_config)
         config.do_sample = False
-        greedy = config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-        return greedy and keeps_cache(self.model)
+        mode = config.get_generation_mode()
+        if mode != GenerationMode.GREEDY_SEARCH:
+            return f"the generation_config of this LLM asks for {mode.value}"
+        for name, off in READ_ROWS.items():
+            if (value := getattr(config, name, None)) not in (None, off):
+                return f"the generation_config of this LLM has {name} {value}, which reads padding"
+        if not keeps_cache(self.model):
+            return "this LLM keeps no cache, or one that is more than keys and values"
+        return None
 
     @torch.inference_mode()
     def replies(
@@ -222,19 +248,20 @@ class SharedPrompts:
         """Yield batches of prompts and their replies."""
         if not prompts:
             return
-        start, shared = None, common_prefix(prompts)
-        if self.shares(max(len(p.marks) for p in prompts), max_new_tokens) and shared:
-            images = self.gallery.embeds(prompts[:1])
-            start = self._read(None, prompts[:1], [shared], images)
+        shared = common_prefix(prompts) if len(prompts) > 1 else 0
         groups = defaultdict(list)
         for prompt in prompts:
             groups[tuple(key for key, _, _ in prompt.pictures)].append(prompt)
         # A group runs its own start once if that is more than all have and several follow it.
         ends = {key: common_prefix(own) for key, own in groups.items()}
-        grouped = {
-            key: own for key, own in groups.items()
-            if start is not None and len(own) > 1 and ends[key] > shared
-        }  # fmt: skip
+        grouped = {k: own for k, own in groups.items() if len(own) > 1 and ends[k] > shared}
+        longest = max(len(prompt.marks) for prompt in prompts)
+        if (shared or grouped) and not self.shares(longest, max_new_tokens):
+            shared, grouped = 0, {}
+        start = None
+        if shared:
+            images = self.gallery.embeds(prompts[:1])
+            start = self._read(None, prompts[:1], [shared], images)
         rest = [p for key, own in groups.items() if key not in grouped for p in own]
         for batch in _batches(rest, lambda p: len(p.marks), batch_size):
             first = start and start.select([0] * len(batch))
@@ -243,7 +270,7 @@ class SharedPrompts:
         for keys in _batches(list(grouped), ends.get, batch_size):
             some = [grouped[key][0] for key in keys]
             images = self.gallery.embeds([p for key in keys for p in grouped[key]])
-            begun = start.select([0] * len(keys))
+            begun = start and start.select([0] * len(keys))
             begun = self._read(begun, some, [ends[key] for key in keys], images)
             rows = [
                 (i, prompt, len(prompt.marks) - ends[key])
@@ -258,21 +285,20 @@ class SharedPrompts:
 
     def inputs(self, start: Start | None, prompts, ends, images) -> dict:
         """Inputs of the whole rows up to ``ends``, and image tokens of what is not in ``start``."""
-        read = [sum(mask) for mask in start.mask] if start else [0] * len(prompts)
+        read = start.mask.sum(1).tolist() if start else [0] * len(prompts)
         spans = list(zip(prompts, read, ends, strict=True))
         blocks = {
             "input_ids": [p.input_ids[a:b] for p, a, b in spans],
             "mm_token_type_ids": [p.types[a:b] for p, a, b in spans],
             "attention_mask": [[1] * (b - a) for _, a, b in spans],
         }
-        before = (start.ids, start.types, start.mask) if start else ([[]] * len(prompts),) * 3
+        before = (start.ids, start.types, start.mask) if start else (None,) * 3
         pad = self.processor.tokenizer.pad_token_id
-        device = self.model.device
         inputs = {}
         for (name, rows), own in zip(blocks.items(), before, strict=True):
             rows = pad_rows(rows, pad if name == "input_ids" else 0, "left")
-            rows = [a + b for a, b in zip(own, rows, strict=True)]
-            inputs[name] = torch.tensor(rows, device=device)
+            rows = torch.tensor(rows, device=self.model.device)
+            inputs[name] = rows if own is None else torch.cat([own, rows], 1)
         tokens = []
         for prompt, a, b in spans:
             if any(prompt.types[a:b]):
@@ -296,8 +322,7 @@ class SharedPrompts:
         sees = torch.tensor([[bool(p.pictures)] for p in prompts], device=self.model.device)
         step["adapter_mask"] = None if self.model.config.gate == "none" else sees
         self.model(**step, logits_to_keep=1)
-        types = inputs["mm_token_type_ids"]
-        return Start(inputs["past_key_values"], ids.tolist(), types.tolist(), mask.tolist())
+        return Start(inputs["past_key_values"], ids, inputs["mm_token_type_ids"], mask)
 
     def _generate(self, start, prompts, images, max_new_tokens) -> list[list[int]]:
         inputs = self.inputs(start, prompts, [len(p.marks) for p in prompts], images)
@@ -311,11 +336,13 @@ class SharedPrompts:
         """Whether starts are shared exactly: padding may stand between a start and what follows.
 
         An LLM that counts places by slots (MPT) would see it; so would an attention window that
-        the slots, at most twice the longest prompt, do not fit.
+        the slots, at most twice the longest prompt, do not fit. Rotary positions that change with
+        the length are those of the start no more once a row outgrows it.
         """
-        config = self.model.config.get_text_config()
-        windows = [getattr(config, field, None) for field in WINDOW_FIELDS]
-        if any(window and 2 * longest + max_new_tokens > window for window in windows):
+        window, limit = attention_window(self.model.config), rope_limit(self.model.config)
+        if window is not None and 2 * longest + max_new_tokens > window:
+            return False
+        if limit is not None and longest + max_new_tokens > limit:
             return False
         if self._bears_holes is None:
             self._bears_holes = self._try_hole()
@@ -386,13 +413,10 @@ def _greedy(
                 written[row] = new
             if ended.all():
                 return written
-            count = len(rows)
             rows, input_ids = rows[~ended], input_ids[~ended]
-            model_kwargs = {
-                name: value[~ended] if torch.is_tensor(value) and len(value) == count else value
-                for name, value in model_kwargs.items()
-                if name != "image_embeds"  # in the cache by now
-            }
+            for name in PER_ROW:
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = model_kwargs[name][~ended]
             model_kwargs["past_key_values"].batch_select_indices(~ended)
         step = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1, **model_kwargs

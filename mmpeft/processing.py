@@ -165,7 +165,7 @@ class BridgeProcessor(ProcessorMixin):
             segments = re.split(f"({re.escape(IMAGE_TOKEN)})", one)
             kinds = ((part, i % 2 == 1) for i, part in enumerate(segments))
             special = add_special_tokens and not self._opens(one)
-            rows.append(self._encode(kinds, own, add_special_tokens=special))
+            rows.append(self._encode(kinds, self._counts(own), add_special_tokens=special))
             pictures += own
         return self._batch(rows, pictures, return_tensors, padding, **kwargs)
 
@@ -202,7 +202,8 @@ class BridgeProcessor(ProcessorMixin):
             )  # fmt: skip
             if tokenize:
                 special = self.add_special_tokens and not self._opens(rendered)
-                rows.append(self._encode(chat.segments(rendered), chat.pictures, spans, special))
+                counts = self._counts(chat.pictures)
+                rows.append(self._encode(chat.segments(rendered), counts, spans, special))
                 pictures += chat.pictures
             else:
                 texts.append(chat.as_text(rendered))
@@ -222,7 +223,8 @@ class BridgeProcessor(ProcessorMixin):
         chat = self._chat(messages)
         rendered, spans = self._render(chat, None, mark_assistant=True)
         special = self.add_special_tokens and not self._opens(rendered)
-        row = self._encode(chat.segments(rendered), chat.pictures, spans, special)
+        counts = self._counts(chat.pictures)
+        row = self._encode(chat.segments(rendered), counts, spans, special)
         row["labels"] = np.where(row.pop("assistant_masks"), row["input_ids"], -100)
         return {key: array.tolist() for key, array in row.items()}, chat.pictures
 
@@ -236,8 +238,8 @@ class BridgeProcessor(ProcessorMixin):
         chat = self._chat(messages)
         rendered, _ = self._render(chat, None, mark_assistant=False, add_generation_prompt=True)
         special = self.add_special_tokens and not self._opens(rendered)
-        row = self._encode(chat.segments(rendered), chat.pictures, None, special)
-        counts = [self._num_tokens(picture) for picture in chat.pictures]
+        counts = self._counts(chat.pictures)
+        row = self._encode(chat.segments(rendered), counts, None, special)
         return {key: array.tolist() for key, array in row.items()}, chat.pictures, counts
 
     def pictures(self, messages) -> list[Picture]:
@@ -286,13 +288,14 @@ class BridgeProcessor(ProcessorMixin):
 
     # -------------------------------------------------------------------------------- encoding
 
-    def _num_tokens(self, picture: Picture) -> int:
+    def _counts(self, pictures: list[Picture]) -> list[int]:
+        """How many positions each picture takes; opens the files where their sizes matter."""
         if self.num_image_tokens is not None:
-            return self.num_image_tokens
-        resolutions = self.image_processor.resolutions
+            return [self.num_image_tokens] * len(pictures)
+        resolutions = getattr(self.image_processor, "resolutions", ())
         if len(resolutions) == 1:
-            return resolutions[0][2]
-        return self.image_processor.num_image_tokens(*image_size(picture.source))
+            return [resolutions[0][2]] * len(pictures)
+        return [self.image_processor.num_image_tokens(*image_size(p.source)) for p in pictures]
 
     def image_inputs(self, pictures: list[Picture], where: str = "", change=None) -> dict:
         """Model inputs of images: pixels, sizes, and the words beside them where they are read.
@@ -329,12 +332,13 @@ class BridgeProcessor(ProcessorMixin):
         return inputs
 
     def _encode(
-        self, segments, pictures, assistant_spans=None, add_special_tokens=False
+        self, segments, counts, assistant_spans=None, add_special_tokens=False
     ) -> dict[str, np.ndarray]:
         """Tokenise ``(text, kind)`` segments to one row, as the tokenizer would the whole text.
 
         ``kind`` is ``False`` (template text), ``True`` (an image) or ``"literal"`` (text whose
-        special tokens must stay text). ``assistant_spans`` are character ranges of the rendered
+        special tokens must stay text). ``counts`` are the positions that each image takes.
+        ``assistant_spans`` are character ranges of the rendered
         text, in which an image or literal counts as its sentinel. Arrays of (T,).
         """
         segments = [(text, kind, *width) if width else (text, kind, len(text))
@@ -357,10 +361,10 @@ class BridgeProcessor(ProcessorMixin):
             ids = np.concatenate([np.full(front, -1), ids])
             learned = np.concatenate([np.zeros(front, bool), learned])
         is_image = ids < 0
-        if pictures:
-            counts = np.ones(len(ids), int)
-            counts[is_image] = [self._num_tokens(picture) for picture in pictures]
-            ids, learned, is_image = (np.repeat(a, counts) for a in (ids, learned, is_image))
+        if counts:
+            widths = np.ones(len(ids), int)
+            widths[is_image] = counts
+            ids, learned, is_image = (np.repeat(a, widths) for a in (ids, learned, is_image))
         row = {
             "input_ids": np.where(is_image, self.tokenizer.pad_token_id, ids),
             "mm_token_type_ids": is_image.astype(int),

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,17 +33,31 @@ def can_pack(model, max_length: int | None) -> bool:
     return why_not is None
 
 
-def compile_layers(model, mode: str, steps: int) -> bool:
+def choose_logits(model, speed) -> None:
+    """Set which logits training makes, or say why they cannot be made in chunks."""
+    model.supervised_logits, model.logits_chunk = speed.supervised_logits, speed.logits_chunk
+    if model.logits_chunk is not None and not model.projects_last():
+        model.logits_chunk = None
+        print("logits_chunk off: this LLM changes its logits after projecting.", file=sys.stderr)
+
+
+def compile_layers(model, mode: str, steps: int, device="cpu") -> bool:
     """``torch.compile`` the LLM's layers, one by one, for rows of any length.
 
     They take part where :func:`compiled` says so.
 
     Args:
         mode: ``on``, ``off`` or ``auto``: on where ``steps`` are enough to win back its cost.
+
+    Raises:
+        ValueError: ``on``, but it cannot be done.
     """
     if mode == "off" or (mode == "auto" and steps < STEPS_WORTH_COMPILING):
         return False
-    if problem := _compiler_problem():
+    modules = model.language_model.modules()
+    layers = [layer for layer in modules if isinstance(layer, GradientCheckpointingLayer)]
+    problem = _compiler_problem(device) if layers else "this LLM's layers are not marked as such."
+    if problem is not None:
         if mode == "on":
             raise ValueError(
                 f"speed.compile is on, but torch cannot compile here: {problem} Install a C++ "
@@ -51,22 +65,23 @@ def compile_layers(model, mode: str, steps: int) -> bool:
             )
         print(f"compile off: torch cannot compile here: {problem}", file=sys.stderr)
         return False
-    for layer in model.language_model.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer._compiled_call_impl is None:
+    if not model.compiled_layers:
+        for layer in layers:
             layer.compile(dynamic=True)
+        model.compiled_layers = len(layers)
     return True
 
 
-@contextmanager
-def compiled(on: bool):
-    """Inside, compiled layers run compiled, or as if they were not."""
-    with torch.compiler.set_stance("default" if on else "force_eager"):
-        yield
+def compiled(model, on: bool):
+    """A context: inside, compiled layers run compiled, or as if they were not."""
+    if not model.compiled_layers:
+        return nullcontext()
+    return torch.compiler.set_stance("default" if on else "force_eager")
 
 
-def _compiler_problem() -> str | None:
+def _compiler_problem(device) -> str | None:
     try:
-        torch.compile(lambda x: x.exp() + 1)(torch.zeros(2))
+        torch.compile(lambda x: x.exp() + 1)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, missing headers, an unknown platform
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

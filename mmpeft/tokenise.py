@@ -94,9 +94,13 @@ class _Marked:
         self.added = tokenizer.added_tokens_decoder
         self.mark = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         self._spelt = bool(tokenizer.split_special_tokens)
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        # two, set once: threads may tokenise at the same time
+        self._backends = {spelt: copy.deepcopy(backend) for spelt in (False, True)}
+        for spelt, own in self._backends.items():
+            own.encode_special_tokens = spelt
         # As the tokenizer looks for them: all at once, the longest first. Those that take spaces
         # along are no place to cut; where some must stand alone, what is before them matters, and
         # the mark is the only one.
@@ -127,9 +131,8 @@ class _Marked:
 
     def encode_once(self, text: str, spelt=False, add_special_tokens=False) -> Tokens:
         """The tokens of a text; with ``spelt``, special tokens in it are only spelt."""
-        self._backend.encode_special_tokens = spelt
         # a batch of one would wake threads, after which worker processes cannot be forked quietly
-        encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoded = self._backends[spelt].encode(text, add_special_tokens=add_special_tokens)
         offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
         return Tokens(np.array(encoded.ids, np.int64), offsets[:, 0], offsets[:, 1])
 

@@ -18,7 +18,7 @@ from mmpeft.config import STAGES, RunConfig, load
 from mmpeft.data import Collator, ConversationDataset
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.processing import BridgeProcessor
-from mmpeft.speed import can_pack, compile_layers, compiled
+from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
 from mmpeft.training_data import TrainingData
 
 COMPLETE = "complete"  # written last into a Trainer checkpoint; one without it is torn
@@ -45,8 +45,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
     check_run_folder(run, resolved, resume)
     set_seed(config.seed)
     model, processor = build(config)
-    model.supervised_logits = config.speed.supervised_logits
-    model.logits_chunk = config.speed.logits_chunk
+    choose_logits(model, config.speed)
     packing = config.speed.packing and can_pack(model, processor.max_length)
     collator = Collator(processor.tokenizer.pad_token_id, packing, config.speed.pad_to_multiple_of)
     data = TrainingData.load(model, processor, config)
@@ -140,6 +139,11 @@ def train_stage(
 ) -> None:  # fmt: skip
     """One stage on ``transformers.Trainer``."""
     arguments = getattr(config, stage)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which would share each row out "
+            "among them; launch with torchrun, or choose one by CUDA_VISIBLE_DEVICES."
+        )
     arguments.output_dir = str(folder)
     arguments.seed = arguments.data_seed = config.seed
     adapters.set_trainable(model, **config.trained_parts(stage))
@@ -157,9 +161,11 @@ def train_stage(
     if cache is not None:
         trainer.feature_cache = cache
         trainer.add_callback(feature_cache.FlushFeatures(cache))
-    trainer.compiled = compile_layers(model, config.speed.compile, trainer.total_steps())
+    trainer.compiled = compile_layers(
+        model, config.speed.compile, trainer.total_steps(), arguments.device
+    )
     try:
-        with compiled(False):  # only steps, not what callbacks measure between them
+        with compiled(model, False):  # only steps, not what callbacks measure between them
             trainer.train(
                 resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None
             )
@@ -199,7 +205,7 @@ class BridgeTrainer(Trainer):
         return inputs if self.feature_cache is None else self.feature_cache.resolve(inputs)
 
     def training_step(self, *args, **kwargs):
-        with compiled(self.compiled):
+        with compiled(self.model, self.compiled):
             return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, model=None):

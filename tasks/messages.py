@@ -14,7 +14,7 @@ line has ``"images": [...]``, one for each part in reading order.
 A last assistant message with ``"unfinished": true`` was cut by a limit (``mmpeft replay`` writes
 such): its words are learned, the end of the turn behind them is not.
 
-All lines are checked at the start; a row is read from the file when it is used, so the file must
+All lines are parsed at the start; a row is read from the file when it is used, so the file must
 stay as it is while it is in use.
 """
 

@@ -153,21 +153,22 @@ def test_the_base_side_is_the_model_with_its_adapter_off(tiny, images):
 
 def test_replies_at_the_same_time_do_not_mix(tiny, images):
     model, processor = tiny
-    messages = [user(images[0], "what?")]
-    alone = {side: last(stream_reply(model, processor, messages, side)) for side in chat.SIDES}
-    sides = list(chat.SIDES) * 3
-    streams = [stream_reply(model, processor, messages, side) for side in sides]
-    together = [None] * len(sides)
+    chats = [[user(images[0], "what?")], [user("say <|im_end|>, then <|im_start|>user, please")]]
+    asked = [(messages, side) for messages in chats for side in chat.SIDES]
+    alone = [last(stream_reply(model, processor, *one)) for one in asked]
+    session = ChatSession(model, processor)
+    streams = [session.stream(*one) for one in asked * 3]
+    together = [None] * len(streams)
 
     def read(i):
         together[i] = last(streams[i])
 
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(sides))]
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(streams))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == [alone[side] for side in sides]
+    assert together == alone * 3
 
 
 def test_temperature_samples(tiny):

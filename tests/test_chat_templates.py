@@ -3,6 +3,8 @@
 import copy
 import random
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import (
@@ -320,6 +322,20 @@ def test_what_is_remembered_of_a_text_changes_no_token(processor, odd):
             inputs = processor(text=text, add_special_tokens=special)
             special &= not text.startswith(tokenizer.bos_token)
             assert inputs["input_ids"][0] == tokenizer(text, add_special_tokens=special).input_ids
+
+
+def test_threads_may_tokenise_at_the_same_time(processor):
+    texts = [f"no {'</s> ' * (n % 2)}{n} bl" for n in range(600)]
+    expected = [encode(processor, [user(text), assistant("bl")]) for text in texts]
+    tokenise._with_mark.clear()  # and what is remembered
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda text: encode(processor, [user(text), assistant("bl")]), texts)
+            assert list(found) == expected
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_stretch_is_tokenised_once(processor, monkeypatch):

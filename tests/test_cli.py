@@ -84,6 +84,12 @@ def test_help_is_instant():
     assert not any(f" {m}\n" in slow for m in ("torch", "transformers", "peft", "timm"))
 
 
+def test_options_are_spelt_either_way():
+    for spelt in ("--no_sharing", "--no-sharing"):
+        given = cli.build_parser().parse_args(["eval", "run", "--task", "easy_vqa", spelt])
+        assert given.no_sharing
+
+
 @pytest.mark.parametrize(
     ("fail_on", "verdicts", "code"),
     [

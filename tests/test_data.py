@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,18 @@ def test_a_bad_sample_of_a_worker_is_the_same_one_line(tiny, jsonl, images, repl
     with pytest.raises(ValueError, match="line 1: image 1: .*no.png") as there:
         list(DataLoader(dataset, collate_fn=Collator(0), num_workers=1))
     assert str(there.value) == str(here.value) and "\n" not in str(there.value)
+
+
+def test_an_error_of_ours_keeps_its_traceback_in_a_worker(tiny, images):
+    class Broken:
+        def image_inputs(self, *_):
+            return np.ones(2) @ np.ones(3)
+
+    task = InMemory(chats=[[user(images[0], "q"), assistant("a")]], keys=[None])
+    dataset = ConversationDataset(task, "train", tiny[1])
+    dataset.store = Broken()
+    with pytest.raises(ValueError, match=r"Traceback(.|\n)*in image_inputs"):
+        list(DataLoader(dataset, collate_fn=Collator(0), num_workers=1))
 
 
 def row(ids, labels, marks=None):

@@ -1,6 +1,7 @@
 """Scoring: the right replies to the right rows, and controls that control."""
 
 import json
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -40,11 +41,13 @@ def seen(monkeypatch):
     """Replace generation: answer "Red." with a picture, "blue" without; keep the prompts."""
     calls = {}
 
-    def reply(model, processor, prompts, max_new_tokens, batch_size, name, sharing):
+    def reply(model, processor, prompts, max_new_tokens, batch_size, name, sharing, where):
         calls[name] = prompts
+        calls["sharing"] = sharing
         return ["Red." if e.pictures(*p) else "blue" for p in prompts]
 
     monkeypatch.setattr(e, "generate_replies", reply)
+    monkeypatch.setattr(e, "try_sharing", lambda *_: "shared")
     return calls
 
 
@@ -117,6 +120,72 @@ def test_replies_come_back_in_order_whatever_the_batching(tiny, images):
     one = e.generate_replies(model, processor, prompts, 5, 1, None)
     assert e.generate_replies(model, processor, prompts, 5, 3, None) == one
     assert len(set(one)) > 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_prompts_are_encoded_a_few_batches_at_a_time(tiny, images, monkeypatch, size):
+    model, processor = tiny
+    prompts = [[user(images[i % 3], "q" * (1 + i))] for i in range(12)]
+    alone = e.generate_replies(model, processor, prompts, 5, 1, None, False)
+    make, made, most, met = e.Prompt.of, [], [], []
+
+    def encode(*given):
+        prompt = make(*given)
+        made.append(weakref.ref(prompt))
+        most.append(sum(one() is not None for one in made))
+        if not met or met[-1] != prompt.pictures[0][0]:
+            met.append(prompt.pictures[0][0])
+        return prompt
+
+    monkeypatch.setattr(e, "ENCODED", 3)
+    monkeypatch.setattr(e.Prompt, "of", encode)
+    assert e.generate_replies(model, processor, prompts, 5, size, None) == alone
+    assert len(made) == 12 and max(most) == 3 * size
+    assert len(met) == 3  # rows of a picture follow each other
+
+
+def test_sharing_can_be_switched_off(seen, images):
+    e.evaluate(None, None, Planted(pictures=images))
+    assert seen["sharing"] == "shared"
+    e.evaluate(None, None, Planted(pictures=images), share_prefix=False)
+    assert seen["sharing"] is False
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_prompt_that_does_not_fit_is_named(tiny, images, sharing):
+    class Long(Planted):
+        def messages(self, row):
+            words = row["q"] * (100 if row["a"] == "blue" and row["image"] is not None else 1)
+            return [user(words), assistant(row["a"])]
+
+    with pytest.raises(ValueError, match=r"^planted row 1: 7\d\d tokens .* context of 512"):
+        e.evaluate(*tiny, Long(pictures=images), share_prefix=sharing)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_picture_that_cannot_be_read_is_named(tiny, images, tmp_path, sharing):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG and no more")
+
+    class Broken(Planted):
+        def messages(self, row):
+            question, answer = super().messages(row)
+            if row["q"] == "new?":
+                question["content"][0]["image"] = str(broken)
+            return [question, answer]
+
+    task = Broken(pictures=images)
+    with pytest.raises(ValueError, match=r"^planted row 2: image 1: .*broken.png is not an image"):
+        e.evaluate(*tiny, task, share_prefix=sharing)
+
+
+def test_a_missing_train_split_is_found_before_any_reply(seen, jsonl):
+    from mmpeft.tasks.messages import Messages
+
+    task = Messages(test=str(jsonl([{"messages": [user("q"), assistant("a")]}])))
+    with pytest.raises(ValueError, match="has no train file"):
+        e.evaluate(None, None, task)
+    assert not seen
 
 
 def test_normalize():

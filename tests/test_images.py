@@ -55,6 +55,12 @@ def test_missing(tmp_path):
         load_image(tmp_path / "nope.png", "row 3")
 
 
+def test_a_text_too_long_for_a_path_is_one_short_line():
+    with pytest.raises(FileNotFoundError, match="^row 3: iVBOR.* does not exist") as error:
+        load_image("iVBOR" * 1000, "row 3")
+    assert len(str(error.value)) < 200
+
+
 def test_a_text_file_named_png(tmp_path):
     path = tmp_path / "fake.png"
     path.write_text("not a picture")

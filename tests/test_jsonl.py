@@ -96,6 +96,16 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path, change):
             use()
 
 
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"t": 1}\n{"t": 1}\n')
+    reading = iter(JsonLines(path, parse))
+    assert next(reading) == (1, {"t": 1})
+    rewrite_alike(path)
+    with pytest.raises(ValueError, match="data.jsonl was changed while it was in use"):
+        list(reading)
+
+
 def chats(jsonl, count):
     return jsonl([{"messages": [user(f"question {n}"), assistant("word " * 100)]}
                   for n in range(count)])  # fmt: skip

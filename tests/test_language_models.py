@@ -24,12 +24,15 @@ from mmpeft.data import Collator
 from mmpeft.encoder import TimmEncoderConfig
 from mmpeft.evaluate import generate_replies
 from mmpeft.language_model import (
+    attention_window,
     branch_limit,
     context_length,
+    counts_places,
     embedding_size,
     embedding_std,
     load_language_model,
     load_tokenizer,
+    rope_limit,
 )
 from mmpeft.packing import share_prefix
 from mmpeft.prefix import SharedPrompts
@@ -65,6 +68,11 @@ ARCHITECTURES = {
     },
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 4},
+    "gpt_neo": {
+        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 512,
+        "attention_types": [[["global", "local"], 1]], "window_size": WINDOW,
+        "initializer_range": 0.2,
+    },
     "falcon": FALCON,
     "falcon-alibi": FALCON | {"alibi": True},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
@@ -72,9 +80,9 @@ ARCHITECTURES = {
         "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512, "initializer_range": 0.2,
     },
 }  # fmt: skip
-NO_BRANCHES = ("falcon-alibi", "bloom", "mpt")
-UNPACKED = ("gemma2", "gptj", "falcon", "falcon-alibi", "bloom", "mpt")
-WINDOWED = ("mistral", "gemma2", "gemma3_text", "phi3")
+NO_BRANCHES = ("gpt_neo", "falcon-alibi", "bloom", "mpt")
+UNPACKED = ("gemma2", "gptj", "gpt_neo", "falcon", "falcon-alibi", "bloom", "mpt")
+WINDOWED = ("mistral", "gemma2", "gemma3_text", "phi3", "gpt_neo")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -178,7 +186,7 @@ def test_replies_to_prompts_that_start_alike(architecture, bridge, images, monke
     for size in (2, 8):
         options = (model, processor, prompts, 6, size, None)
         assert generate_replies(*options, sharing) == generate_replies(*options, False)
-    assert sharing.possible()
+    assert sharing.why_not() is None
     assert sharing.shares(20, 6) is (architecture not in ("mpt", *WINDOWED))
 
 
@@ -274,6 +282,35 @@ def test_sizes_the_other_parts_need(random_llm):
     lengths = [context_length(AutoConfig.from_pretrained(random_llm(n))) for n in (
         "llama", "gpt2", "mpt", "bloom")]  # fmt: skip
     assert lengths == [512, 512, 512, None]
+
+
+def test_windows_by_any_name():
+    def config(kind, **options):
+        return AutoConfig.for_model(kind, **options)
+
+    local = config("gpt_neo", window_size=256)  # longer than any probe
+    everywhere = config("gpt_neo", attention_types=[[["global"], 24]])
+    assert attention_window(local) == 256 and counts_places(local)
+    assert attention_window(everywhere) is None and not counts_places(everywhere)
+    assert attention_window(config("mistral", sliding_window=99)) == 99
+    assert attention_window(config("llama")) is None
+
+
+def test_how_long_rotary_positions_stay_as_they_are():
+    short = {"rope_theta": 1e4, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    for rope, limit in (
+        ({"rope_type": "longrope", **short, **factors}, 64),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 512),
+        ({"rope_type": "yarn", "factor": 2.0, **short}, None),
+        ({"rope_type": "default", "rope_theta": 1e4}, None),
+    ):
+        assert rope_limit(AutoConfig.for_model("llama", **LLAMA, rope_parameters=rope)) == limit
+    by_layer = AutoConfig.for_model("gemma3_text", **ARCHITECTURES["gemma3_text"])
+    assert rope_limit(by_layer) is None
+    by_layer.rope_parameters["full_attention"] = {"rope_type": "longrope", **short, **factors}
+    assert rope_limit(by_layer) == 64
+    assert rope_limit(AutoConfig.for_model("gpt2", **GPT)) is None
 
 
 def test_default_targets(random_llm):

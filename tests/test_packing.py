@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from mmpeft.attention import ATTENTION, attention, serve_packed_rows
+from mmpeft.config import SpeedConfig
 from mmpeft.data import Collator, ConversationDataset
 from mmpeft.packing import Block, PackedRow, share_prefix
+from mmpeft.speed import choose_logits
 
 from .conftest import assistant, user
 from .test_data import InMemory, row
@@ -61,15 +63,16 @@ def test_a_samples_loss_does_not_change_with_its_neighbours(tiny, images):
     collate = Collator(0, packing=True)
     model.eval()
 
-    def logits(batch, sample):  # at the learned positions of one sample
-        learned = torch.tensor([label != -100 for label in sample["labels"]]).sum()
+    def logits(samples):  # at the learned positions of the last sample, which all others precede
+        batch = collate(samples)
+        learned = sum(label != -100 for label in samples[-1]["labels"])
         out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
-        return out[batch["labels"][0] != -100][:learned]
+        return out[batch["labels"][0] != -100][-learned:]
 
-    first = logits(collate(samples[:1]), samples[0])
-    for neighbour in samples[1:]:
-        beside = logits(collate([samples[0], neighbour]), samples[0])
-        torch.testing.assert_close(beside, first, atol=1e-4, rtol=1e-4)
+    shared, seeing, text, other = samples
+    for sample, neighbours in ((seeing, [shared]), (shared, [seeing]), (other, [text, seeing])):
+        beside = logits([*neighbours, sample])
+        torch.testing.assert_close(beside, logits([sample]), atol=1e-4, rtol=1e-4)
 
 
 def test_what_all_samples_begin_with_is_there_once(tiny, images):
@@ -158,6 +161,22 @@ def test_the_loss_is_the_same_whichever_logits_are_made(tiny, images, lever):
     torch.testing.assert_close(found, expected[1], atol=1e-5, rtol=1e-4)
 
 
+def test_a_first_token_is_learned_from_nothing_before_it():
+    """Alone it has no token that could predict it, so beside another sample it must not either."""
+    samples = [share_prefix([row([1, 2], [1, 2])]), share_prefix([row([3, 4], [3, 4])])]
+    batch = Collator(0, packing=True)(samples)
+    assert batch["labels"].tolist() == [[-100, 2, -100, 4]]
+
+
+def test_a_packed_row_moves_with_its_batch():
+    from accelerate.utils import send_to_device
+
+    samples = [share_prefix([row([1, 2, 3], [-100, -100, 3]), row([1, 2, 4], [-100, -100, 4])])]
+    batch = send_to_device(Collator(0, packing=True)(samples), "meta")
+    assert batch["packed"].blocks[0].mask.device.type == "meta"
+    assert batch["input_ids"].device.type == "meta"
+
+
 def test_chunks_bound_how_many_logits_exist(tiny, images, monkeypatch):
     model, processor = tiny
     model.logits_chunk, seen = 3, []
@@ -170,8 +189,10 @@ def test_chunks_bound_how_many_logits_exist(tiny, images, monkeypatch):
     assert max(seen) == 3
 
 
-def test_logits_that_are_scaled_after_the_projection_are_never_chunked(tiny, images):
-    model, processor = tiny
+def test_logits_that_are_scaled_after_the_projection_are_never_chunked(tiny, capsys):
+    model, _ = tiny
+    choose_logits(model, SpeedConfig(logits_chunk=3))
+    assert model.logits_chunk == 3
     base = model.language_model.get_base_model()
     forward = base.forward
 
@@ -181,8 +202,6 @@ def test_logits_that_are_scaled_after_the_projection_are_never_chunked(tiny, ima
         return outputs
 
     base.forward = scaled
-    batches = [Collator(0)(samples_of(processor, images))]
-    expected, _ = gradients(model, batches)
-    model.logits_chunk = 3
-    loss, _ = gradients(model, batches)
-    assert torch.equal(loss, expected)
+    choose_logits(model, SpeedConfig(logits_chunk=3))
+    assert model.logits_chunk is None
+    assert "logits_chunk off" in capsys.readouterr().err

@@ -1,10 +1,15 @@
 """Replies to prompts that start alike: the same as row by row, and less is computed."""
 
+import base64
+import copy
+import io
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mmpeft import prefix
+from mmpeft.chat_session import ChatSession, Figures
 from mmpeft.evaluate import draw_rows, generate_replies
 from mmpeft.prefix import Gallery, Prompt, SharedPrompts
 
@@ -122,13 +127,52 @@ def test_equal_pictures_are_one_whatever_they_come_as(images, tmp_path):
         prefix.picture_key("gone.png")
 
 
-@pytest.mark.parametrize("setting", [{"num_beams": 2}, {"use_cache": False}])
-def test_settings_of_the_llm_that_are_not_greedy_are_kept(tiny, prompts, setting, monkeypatch):
+def test_a_picture_may_be_a_data_url(tiny, images):
+    buffer = io.BytesIO()
+    images[0].save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    assert len(url) > 4096  # no path is as long
+    assert prefix.picture_key(url) == prefix.picture_key(buffer.getvalue())
+    model, processor = tiny
+    expected = [[user(images[0], "what?")], [user(images[0], "what now?")]]
+    prompts = copy.deepcopy(expected)
+    for prompt in prompts:
+        prompt[0]["content"][0]["image"] = url
+    replies = [
+        generate_replies(model, processor, given, 6, 2, None) for given in (prompts, expected)
+    ]
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"num_beams": 2}, "asks for beam_search"),
+        ({"use_cache": False}, "keeps no cache"),
+        ({"no_repeat_ngram_size": 2}, "has no_repeat_ngram_size 2, which reads padding"),
+        ({"repetition_penalty": 1.3}, "has repetition_penalty 1.3"),
+        ({"min_length": 5}, "has min_length 5"),
+    ],
+)
+def test_settings_of_the_llm_that_are_not_greedy_are_kept(
+    tiny, prompts, setting, reason, monkeypatch, capsys
+):
     model, processor = tiny
     model.generation_config.update(**setting)
     monkeypatch.setattr(SharedPrompts, "replies", None)
     options = (model, processor, prompts, 4, 1, None)
     assert generate_replies(*options) == generate_replies(*options, False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prompts share no starts: ") and reason in line
+
+
+def test_a_setting_that_generate_ignores_hinders_nothing(tiny, prompts):
+    model, processor = tiny
+    options = (model, processor, prompts, 4, 3, None)
+    plain = generate_replies(*options)
+    model.generation_config.cache_implementation = "hybrid"
+    assert SharedPrompts(model, processor).why_not() is None
+    assert generate_replies(*options) == plain
 
 
 def test_copies_of_a_cache_are_apart():
@@ -139,6 +183,68 @@ def test_copies_of_a_cache_are_apart():
     assert (cache.get_seq_length(), other.get_seq_length()) == (3, 4)
     other.crop(-2)
     assert (cache.get_seq_length(), other.get_seq_length()) == (3, 2)
+
+
+def test_pictures_before_everything_else_share_what_their_questions_share(tiny, images, ids):
+    model, processor = tiny
+    processor.images_first = True  # so different pictures have nothing in common
+    prompts = [[user(image, f"what is number {n}?")] for image in images[:2] for n in range(5)]
+    options = (model, processor, prompts, 1, 64, None)
+    alone = generate_replies(*options, False)
+    rows = [Prompt.of(processor, prompt) for prompt in prompts]
+    assert prefix.common_prefix(rows) == 0
+    sharing = SharedPrompts(model, processor)
+    assert sharing.shares(100, 1)
+    shapes = ids(model)
+    assert generate_replies(*options, sharing) == alone
+    assert shapes[0][0] == 2  # both pictures, each once
+    assert sum(n * tokens for n, tokens in shapes) < 0.5 * sum(len(row.marks) for row in rows)
+
+
+def test_what_shares_nothing_is_not_probed(tiny, images, monkeypatch):
+    model, processor = tiny
+    processor.images_first = True
+    monkeypatch.setattr(SharedPrompts, "_try_hole", lambda self: 1 / 0)
+    apart = [[user(image, "what?")] for image in images]
+    for prompts in (apart, [[user("hello")]]):
+        options = (model, processor, prompts, 4, 3, None)
+        assert generate_replies(*options) == generate_replies(*options, False)
+
+
+@pytest.fixture
+def long_rope(llm_dir, make_bridge, tmp_path):
+    """A bridge whose rotary positions change for sequences of more than 96 tokens."""
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    llm.config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 96,
+    }  # fmt: skip
+    llm.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path)
+    return make_bridge(language_model=str(tmp_path))
+
+
+def test_no_start_is_shared_by_rows_that_outgrow_its_positions(long_rope):
+    model, processor = long_rope
+    asked = ["a question" * n for n in (1, 2, 6, 7)]
+    prompts = [[SYSTEM, user(words)] for words in asked]
+    lengths = [len(Prompt.of(processor, prompt).marks) for prompt in prompts]
+    assert min(lengths) < 80 and max(lengths) > 100
+    options = (model, processor, prompts, 8, 1, None)
+    assert generate_replies(*options) == generate_replies(*options, False)
+    sharing = SharedPrompts(model, processor)
+    assert sharing.shares(80, 16) and not sharing.shares(80, 17)
+    chat, turns = ChatSession(model, processor), []
+    reused = []
+    for words in ("short", "and", "this is a question of some length", "last"):
+        turns = [*turns, user(words)]
+        *_, alone = ChatSession(model, processor).stream(turns, max_new_tokens=8)
+        figures = Figures()
+        *_, reply = chat.stream(turns, max_new_tokens=8, figures=figures)
+        assert reply == alone
+        reused.append((figures.prompt_tokens + 8 > 96, figures.reused_tokens > 0))
+        turns.append(assistant(reply))
+    assert reused[1] == (False, True) and reused[-1] == (True, False)
 
 
 def test_pictures_of_several_sizes(make_bridge, images):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
 from mmpeft import adapters, config, speed
 from mmpeft.data import Collator, ConversationDataset
@@ -37,10 +39,41 @@ def plain_losses(group_recipe):
     return losses(train(group_recipe))
 
 
+class Spy(TrainerCallback):
+    """What training does, as its model and its data loader tell."""
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        batch = next(iter(train_dataloader))
+        self.seen = {
+            "packing": "packed" in batch,
+            "pad_to_multiple_of": batch["input_ids"].shape[1] % 32 == 0,
+            "supervised_logits": model.supervised_logits,
+            "logits_chunk": model.logits_chunk,
+            "compile": model.compiled_layers,
+            "workers": train_dataloader.num_workers,
+        }
+
+
+def test_levers_are_on_unless_switched_off(group_recipe):
+    spy = Spy()
+    train(group_recipe, callbacks=[spy])
+    assert spy.seen == {
+        "packing": True, "pad_to_multiple_of": True, "supervised_logits": True,
+        "logits_chunk": 2048, "compile": 0, "workers": 0,
+    }  # fmt: skip
+
+
+SWITCHED = {
+    "packing": False, "pad_to_multiple_of": False, "supervised_logits": False, "logits_chunk": 2,
+    "compile": 2, "workers": 1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("lever", LEVERS)
 def test_a_lever_changes_no_loss(group_recipe, plain_losses, lever):
-    output = ["--output_dir", str(group_recipe.parent / lever)]
-    changed = losses(train(group_recipe, [*LEVERS[lever], *output]))
+    output, spy = ["--output_dir", str(group_recipe.parent / lever)], Spy()
+    changed = losses(train(group_recipe, [*LEVERS[lever], *output], callbacks=[spy]))
+    assert spy.seen[lever] == SWITCHED[lever]
     assert changed.keys() == plain_losses.keys() and len(changed) == 8
     for step, loss in changed.items():
         assert loss == pytest.approx(plain_losses[step], rel=2e-3)
@@ -55,7 +88,7 @@ def test_layers_compile_only_in_stages_long_enough(make_bridge):
 
 def test_without_a_compiler_auto_says_so_and_on_is_an_error(make_bridge, monkeypatch, capsys):
     model, _ = make_bridge("none")
-    monkeypatch.setattr(speed, "_compiler_problem", lambda: "No working C++ compiler found.")
+    monkeypatch.setattr(speed, "_compiler_problem", lambda device: "No working C++ compiler found.")
     assert not speed.compile_layers(model, "auto", steps=10_000)
     assert "compile off: torch cannot compile here: No working" in capsys.readouterr().err
     with pytest.raises(ValueError, match="set speed.compile: off"):
@@ -115,9 +148,26 @@ def test_a_frozen_connector_is_not_trained(group_recipe):
     assert rows[0]["loss"] > 0
 
 
-def test_optimizer_states_only_for_what_trains_in_one_fused_kernel(recipe):
-    parsed, _ = config.load(recipe)
-    assert parsed.instruct.optim == "adamw_torch_fused"
+def test_optimizer_states_only_for_what_trains(group_recipe):
+    class Look(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.states = {id(p) for p in optimizer.optimizer.state}
+            self.trained = {id(p) for p in model.parameters() if p.requires_grad}
+            self.fused = optimizer.param_groups[0]["fused"]
+
+    look = Look()
+    train(group_recipe, callbacks=[look])
+    assert look.states == look.trained and look.fused
+
+
+def test_what_cannot_work_is_refused_by_name(recipe):
+    for option, value, message in (
+        ("speed.pad_to_multiple_of", "0", "it must be 1 or more"),
+        ("speed.logits_chunk", "-1", "it must be 1 or more"),
+        ("instruct.torch_compile", "true", "set speed.compile: on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.load(recipe, [f"--{option}", value])
 
 
 def test_autocast_runs_where_there_is_a_cpu_alone(group_recipe, plain_losses):
@@ -146,10 +196,12 @@ def test_a_compiled_gate_treats_samples_apart(tiny, images):
     samples = samples_of(processor, images)
     collate = Collator(0, packing=True, pad_to_multiple_of=32)
     batches = [collate(samples), collate(samples[:1]), collate(samples[-1:]), collate(samples[1:])]
-    with speed.compiled(False):
+    with speed.compiled(model, False):
         expected = gradients(model, batches)
     speed.compile_layers(model, "on", 1)
-    with speed.compiled(True):
+    before = counters["stats"]["unique_graphs"]
+    with speed.compiled(model, True):
         loss, found = gradients(model, batches)
+    assert counters["stats"]["unique_graphs"] > before
     torch.testing.assert_close(loss, expected[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found, expected[1], atol=1e-3, rtol=1e-3)

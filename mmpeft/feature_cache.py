@@ -180,6 +180,10 @@ class FeatureCache:
                 "there are encoded each time"
             )
             return
+        if features.device.type == "cpu":
+            # Copied here, not by the writer: a second thread that copies starts OpenMP workers of
+            # its own, and when there are more of them than cores all go to sleep between kernels.
+            features = features.clone(memory_format=torch.contiguous_format)
         self._left -= features.nbytes
         self._waiting_bytes += features.nbytes
         self._pending[key] = self._waiting[key] = features, size

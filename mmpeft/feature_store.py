@@ -151,7 +151,7 @@ def write_shard(folder: Path, pictures: dict[str, tuple[Tensor, tuple[int, int]]
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for key, (features, (height, width)) in pictures.items():
-        own = features.detach().cpu().clone(memory_format=torch.contiguous_format)
+        own = features.detach().cpu().contiguous()
         tensors[f"{key}.{height}x{width}.{_checksum(own):08x}"] = own
     path = folder / f"{uuid.uuid4().hex}.safetensors"
     partial = path.with_suffix(".partial")

@@ -117,12 +117,8 @@ def ratio(slow: list[dict], fast: list[dict]) -> float:
     return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
 
 
-def bench(arguments) -> dict:
-    """Run it; the report that ``--json`` prints."""
-    import torch
-
-    from mmpeft.train import environment
-
+def bench(arguments, keep) -> dict:
+    """The report that ``--json`` prints; ``keep`` gets it as soon as both stacks are done."""
     names = [] if arguments.no_levers else list(LEVERS)
     if arguments.dtype == "float32":
         names = [name for name in names if name != "autocast"]
@@ -151,18 +147,33 @@ def bench(arguments) -> dict:
         seed = make("ours", per_epoch, seed=1)
         another = seed.run(per_epoch * arguments.epochs)
         seed.close()
-        levers, by_chats = [], None
+        report = summary(arguments, stacks, loading, turns, body, another)
+        keep(report)
         if names:
             setting = Setting("ours", "", "", questions=arguments.questions, steps=few)
             levers, by_chats = measure_levers(make, setting, arguments.repeats, names)
+            (unshared,) = (row["ratio"] for row in levers if row["name"] == SHARING)
+            report["levers"] = levers
+            report["throughput_ratio"] |= {
+                "one_question_a_row": report["throughput_ratio"]["steady"] / unshared,
+                "theirs_one_chat_an_image": by_chats,
+            }
+            keep(report)
+    return report
 
+
+def summary(arguments, stacks, loading, turns, body, another) -> dict:
+    """The report without the levers."""
+    import torch
+
+    from mmpeft.train import environment
+
+    per_epoch = arguments.images
     first = {name: loading[name] + turns[name][0]["seconds"] for name in turns}
     losses = {name: [loss for turn in turns[name] for loss in turn["losses"]] for name in turns}
     late = {name: statistics.mean(curve[-per_epoch:]) for name, curve in losses.items()}
     seconds = {name: statistics.median(t["seconds"] for t in turns[name][1:]) for name in turns}
     rows = per_epoch * arguments.questions
-    steady = ratio(turns["theirs"][1:], turns["ours"][1:])
-    unshared = [row["ratio"] for row in levers if row["name"] == SHARING]
     return {
         "schema": "mmpeft.bench.train/1",
         "setting": {key: value for key, value in vars(arguments).items() if key != "json"},
@@ -170,9 +181,7 @@ def bench(arguments) -> dict:
         "steps": arguments.epochs * per_epoch,
         "throughput_ratio": {
             "first_epoch": first["theirs"] / first["ours"],
-            "steady": steady,
-            "one_question_a_row": steady / unshared[0] if unshared else None,
-            "theirs_one_chat_an_image": by_chats,
+            "steady": ratio(turns["theirs"][1:], turns["ours"][1:]),
         },
         "samples_per_second": {name: rows / seconds[name] for name in seconds},
         "supervised_tokens_per_second": {
@@ -185,7 +194,7 @@ def bench(arguments) -> dict:
         "loss_gap": late["ours"] - late["theirs"],
         "loss_gap_of_a_seed": late["ours"] - statistics.mean(another["losses"][-per_epoch:]),
         "last_epoch_loss": late,
-        "levers": levers,
+        "levers": [],
         "first_epoch_seconds": first,
         "epoch_seconds": {name: [turn["seconds"] for turn in turns[name]] for name in turns},
         "losses": losses,
@@ -286,12 +295,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.epochs < 2:
         parser.error("--epochs: the first is measured apart, give 2 or more")
-    with contextlib.redirect_stdout(sys.stderr):
-        report = bench(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "train.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, output / "train.png")
+
+    def keep(report):
+        (output / "train.json").write_text(json.dumps(report, indent=2) + "\n")
+        draw(report, output / "train.png")
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report = bench(arguments, keep)
     print(json.dumps(report) if arguments.json else render(report))
 
 

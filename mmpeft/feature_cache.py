@@ -387,7 +387,7 @@ def _seconds_to_read(cache: FeatureCache, processor, pictures: list) -> float:
         count = sum(_bytes(cache, processor, *one) for one in pictures) // cache.dtype.itemsize
         probe = torch.rand(1, count // channels // len(pictures), channels).to(cache.dtype)
         keys = [f"{i:032x}" for i in range(len(pictures))]
-        path = write_shard(Path(folder), dict.fromkeys(keys, (probe, cache.store.size)))
+        path = write_shard(Path(folder), {key: (probe.clone(), cache.store.size) for key in keys})
         if hasattr(os, "posix_fadvise"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -527,3 +527,17 @@ def test_an_imported_bridge_keeps_its_own_image_processor(tmp_path, images, enco
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
         assert sum(encoded) == new
         cache.flush()
+
+
+def test_the_writer_is_handed_copies_that_need_no_more_work(recipe, monkeypatch):
+    """Its thread must not start OpenMP workers, as copying in it would."""
+    seen, write = [], feature_cache.write_shard
+
+    def look(folder, pictures):
+        seen.extend(features for features, _ in pictures.values())
+        return write(folder, pictures)
+
+    monkeypatch.setattr(feature_cache, "write_shard", look)
+    cached(recipe)
+    assert seen and all(features.is_contiguous() for features in seen)
+    assert all(f.untyped_storage().nbytes() == f.nbytes for f in seen)  # no view of a batch

@@ -1,5 +1,5 @@
 # make quickstart   from a fresh clone to a bridge that chats (CHAT=0 stops before the chat)
-# make test         all tests
+# make test         all tests, on every core
 # make lint         ruff, as the checks run it
 # make venv         .venv with everything, the mmpeft command included
 
@@ -19,7 +19,7 @@ $(VENV)/.complete: pyproject.toml
 	touch $@
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

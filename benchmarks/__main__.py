@@ -2,6 +2,7 @@
 
     python -m benchmarks train       training throughput, memory, share of the machine's ceiling
     python -m benchmarks scaling     cost by rows, image tokens, length and batch size
+    python -m benchmarks aids        cost of each aid that keeps text as it was
     python -m benchmarks eval        scoring a vision task, against one row at a time
     python -m benchmarks retain      scoring text skills, against lm-eval's HFLM
 
@@ -12,7 +13,8 @@ import importlib
 import sys
 
 MODULES = {
-    "train": "train", "scaling": "scaling", "eval": "evaluation", "retain": "retention_speed",
+    "train": "train", "scaling": "scaling", "aids": "aids", "eval": "evaluation",
+    "retain": "retention_speed",
 }  # fmt: skip
 
 

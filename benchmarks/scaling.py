@@ -126,13 +126,14 @@ def draw(report: dict, path: Path) -> None:
     panels = figure.subplots(1, 4)
     for axes, (name, what) in zip(panels[:3], NAMES.items(), strict=True):
         axes.plot([r["value"] for r in report[name]], [r["ms"] for r in report[name]], "o-")
-        axes.set(xlabel=what.partition(" (")[0], ylim=(0, None))
+        axes.set(xlabel=what.partition(" (")[0])
     rows = report["rows"]
     panels[3].plot([r["rows"] for r in rows], [r["sample_ms"] for r in rows], "o-")
-    panels[3].set(xlabel="rows of the data set (reading alone)", ylim=(0, None), xscale="log")
+    panels[3].set(xlabel="rows (reading alone)", xscale="log")
     panels[2].set_xscale("log", base=2)
     panels[0].set_ylabel("ms a sample")
     for axes in panels:
+        axes.set_ylim(0, 1.15 * axes.dataLim.ymax)  # from 0, with room above the points
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -144,10 +144,15 @@ def bench(arguments, keep) -> dict:
             turns = race(stacks, per_epoch, arguments.epochs, bar)
         body, _ = (stacks[name].close() for name in ("ours", "theirs"))
         check_equal_work(stacks, turns)
-        seed = make("ours", per_epoch, seed=1)
-        another = seed.run(per_epoch * arguments.epochs)
-        seed.close()
-        report = summary(arguments, stacks, loading, turns, body, another)
+        report = summary(arguments, stacks, loading, turns, body)
+        seeds = report["loss_by_seed"]
+        for seed in range(1, arguments.seeds):
+            for name in stacks:
+                stack = make(name, per_epoch, seed=seed)
+                losses = stack.run(per_epoch * arguments.epochs)["losses"]
+                seeds[name].append(statistics.mean(losses[-per_epoch:]))
+                stack.close()
+        report |= loss_gap(seeds)
         keep(report)
         if names:
             setting = Setting("ours", "", "", questions=arguments.questions, steps=few)
@@ -162,8 +167,18 @@ def bench(arguments, keep) -> dict:
     return report
 
 
-def summary(arguments, stacks, loading, turns, body, another) -> dict:
-    """The report without the levers."""
+def loss_gap(seeds: dict[str, list[float]]) -> dict:
+    """Ours less theirs, mean over seeds, and the standard error of that; ``None`` of one seed."""
+    gaps = [ours - theirs for ours, theirs in zip(*seeds.values(), strict=True)]
+    several = len(gaps) > 1
+    return {
+        "loss_gap": statistics.mean(gaps),
+        "loss_gap_standard_error": statistics.stdev(gaps) / len(gaps) ** 0.5 if several else None,
+    }
+
+
+def summary(arguments, stacks, loading, turns, body) -> dict:
+    """The report without the levers and further seeds."""
     import torch
 
     from mmpeft.train import environment
@@ -191,9 +206,7 @@ def summary(arguments, stacks, loading, turns, body, another) -> dict:
         "memory_ratio": turns["ours"][-1]["peak_bytes"] / turns["theirs"][-1]["peak_bytes"],
         "ceiling_share": body["share"],
         "body": body,
-        "loss_gap": late["ours"] - late["theirs"],
-        "loss_gap_of_a_seed": late["ours"] - statistics.mean(another["losses"][-per_epoch:]),
-        "last_epoch_loss": late,
+        "loss_by_seed": {name: [loss] for name, loss in late.items()},
         "levers": [],
         "first_epoch_seconds": first,
         "epoch_seconds": {name: [turn["seconds"] for turn in turns[name]] for name in turns},
@@ -218,7 +231,9 @@ def check_equal_work(stacks: dict[str, Stack], turns: dict[str, list[dict]]) -> 
 def render(report: dict) -> str:
     """The report as tables."""
     ours, theirs = (report["samples_per_second"][name] for name in ("ours", "theirs"))
-    memory, body, loss = report["peak_memory_gb"], report["body"], report["last_epoch_loss"]
+    memory, body = report["peak_memory_gb"], report["body"]
+    loss = {name: statistics.mean(values) for name, values in report["loss_by_seed"].items()}
+    error = report["loss_gap_standard_error"]
     faster, tokens = report["throughput_ratio"], report["supervised_tokens_per_second"]
     lines = [
         f"{'':24}{'ours':>12}{'usual stack':>14}{'ratio':>9}",
@@ -229,7 +244,7 @@ def render(report: dict) -> str:
         f"{'peak memory, GB':24}{memory['ours']:>12.2f}{memory['theirs']:>14.2f}"
         f"{report['memory_ratio']:>8.2f}x",
         f"{'loss, last epoch':24}{loss['ours']:>12.4f}{loss['theirs']:>14.4f}"
-        f"{report['loss_gap']:>+9.4f}   (of another seed: {report['loss_gap_of_a_seed']:+.4f})",
+        f"{report['loss_gap']:>+9.4f}" + (f" (standard error {error:.4f})" if error else ""),
         "",
         f"LLM layers, {body['positions']} positions, forward and backward: "
         f"{body['flops'] / 1e9:.0f} GFLOP/s, {body['share']:.0%} of the machine's "
@@ -283,6 +298,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="pictures, one a step (50)")
     parser.add_argument("--questions", type=int, default=8, help="questions a picture (8)")
     parser.add_argument("--epochs", type=int, default=4, help="times through the pictures (4)")
+    parser.add_argument("--seeds", type=int, default=2, help="losses of both with so many (2)")
     parser.add_argument("--image_size", type=int, default=168, help="pixels a side (168)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--no_levers", action="store_true", help="the two stacks alone")

@@ -5,14 +5,15 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # what peft adapts by default, for LLMs that it has no entry for: query and value, or all in one
 ATTENTION = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
-# ways to start LoRA that take what it begins with out of the frozen weights
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# ways to start LoRA that change the frozen weights, others than those of mmpeft.starts
+CHANGES_THE_BASE = ("loftq", "lora_ga")
 # options of peft that a bridge cannot keep its word with: they train or change the LLM's own
 # parameters, which stay frozen here, or pick layers by names that are full paths by then
 UNSERVED = {
@@ -23,41 +24,95 @@ UNSERVED = {
     "the full names, for example '.*layers\\.[01]\\..*q_proj'",
 }
 
+# methods of peft that need what a bridge has not, or break what it promises
+REFUSED = {
+    "LILY": "mixes its experts by the mean over a whole row, so that words would see those behind",
+    "POLY": "picks skills by task ids, which rows here do not have",
+    "SHADOW": "runs a second stream through layers that it replaces",
+    "TRAINABLE_TOKENS": "trains embeddings of the LLM, which stays frozen",
+    "XLORA": "mixes trained adapters, of which a bridge has one",
+}
 
-def attach_adapter(language_model: nn.Module, adapter):
+
+def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
     """Wrap a frozen causal LM in a ``PeftModel``; targets become full paths inside this LLM.
 
     Args:
-        adapter: a peft config, which stays as it is. ``target_modules`` may be peft's own default
-            (``None``), names like ``q_proj``, a regular expression, or ``"all-linear"``. GPT-2's
-            ``Conv1D`` layers count as linear.
+        adapter: a config of peft or of :mod:`mmpeft.tuners`, which stays as it is.
+            ``target_modules`` may be the method's own default (``None``), names like ``q_proj``, a
+            regular expression, or ``"all-linear"``. GPT-2's ``Conv1D`` layers count as linear.
+        new: false where the adapter's weights follow, so that no start need be made.
 
     Raises:
-        ValueError: a target names no linear layer of this LLM, or the adapter would be more than an
-            addition to the frozen LLM.
+        ValueError: a target names no layer of this LLM that the method adapts, or the adapter would
+            be more than an addition to the frozen LLM.
     """
-    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    from mmpeft.starts import wrap
+    from mmpeft.tuners.from_peft import translate
+
+    adapter = copy.deepcopy(translate(adapter))
     _require_addition(adapter)
-    adapter = copy.deepcopy(adapter)
-    if hasattr(adapter, "target_modules"):
-        adapter.target_modules = resolve_targets(language_model, adapter.target_modules)
-        layers = [language_model.get_submodule(name) for name in adapter.target_modules]
-        conv = bool(layers) and all(isinstance(layer, Conv1D) for layer in layers)
-        if conv and hasattr(adapter, "fan_in_fan_out"):
-            adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[adapter.peft_type]
+    if hasattr(tuner, "find_targets"):
+        adapter.target_modules = tuner.find_targets(language_model, adapter)
+    elif hasattr(adapter, "target_modules"):
+        _resolve(language_model, adapter, getattr(tuner, "target_module_mapping", None))
     # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
     causal = adapter.task_type or "CAUSAL_LM"
     adapter.task_type = None if language_model.config.model_type == "mpt" else causal
-    return get_peft_model(language_model, adapter)
+    before = _logits(language_model)
+    wrapped = wrap(language_model, adapter, new)
+    with wrapped.disable_adapter():
+        changed = before is not None and not torch.equal(before, _logits(wrapped))
+    if changed:
+        raise ValueError(
+            f"adapter {type(adapter).__name__} changes the frozen weights, and the base LLM could "
+            "not be had back by switching it off; choose another method, or another way to start."
+        )
+    return wrapped
+
+
+def _resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
+    """Put full paths into a config of peft."""
+    norms = adapter.peft_type == "LN_TUNING"
+    kind = _is_norm if norms else _is_linear
+    adapter.target_modules = resolve_targets(language_model, adapter.target_modules, kind, defaults)
+    if getattr(adapter, "feedforward_modules", ()) is None:  # (IA)^3 scales these at their input
+        from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+
+        names = FEEDFORWARD.get(language_model.config.model_type, [])
+        adapter.feedforward_modules = [n for n in names if _named(adapter.target_modules, n)]
+    if ff := getattr(adapter, "feedforward_modules", None):
+        paths = set(resolve_targets(language_model, ff)) & set(adapter.target_modules)
+        adapter.feedforward_modules = sorted(paths)
+    layers = [language_model.get_submodule(name) for name in adapter.target_modules]
+    conv = bool(layers) and all(isinstance(layer, Conv1D) for layer in layers)
+    if conv and hasattr(adapter, "fan_in_fan_out"):
+        adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
+
+
+@torch.no_grad()
+def _logits(language_model: nn.Module) -> Tensor | None:
+    """Logits of a few tokens; ``None`` where there are no weights yet."""
+    table = language_model.get_input_embeddings().weight
+    if table.device.type == "meta":
+        return None
+    ids = torch.arange(8, device=table.device)[None] * 7 % len(table)
+    return language_model(input_ids=ids, use_cache=False).logits
 
 
 def _require_addition(adapter) -> None:
     """Refuse what would change the LLM itself, or be dropped without a word."""
-    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+    if adapter.is_prompt_learning:
         raise ValueError(
-            f"adapter {type(adapter).__name__} puts learned prompts in front of the text, which a "
-            "bridge does not serve; choose one that adapts layers, for example LoraConfig."
+            f"adapter {type(adapter).__name__} puts prompts of its own kind in front of the text, "
+            "which a bridge does not serve; choose another, for example PromptConfig."
+        )
+    if reason := REFUSED.get(adapter.peft_type):
+        raise ValueError(
+            f"adapter {type(adapter).__name__} {reason}; choose another, for example LoraConfig."
         )
     for option, reason in UNSERVED.items():
         if value := getattr(adapter, option, None):
@@ -70,45 +125,78 @@ def _require_addition(adapter) -> None:
     if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
         raise ValueError(
             f"adapter: init_lora_weights {start!r} changes the frozen weights, and the base LLM "
-            "could not be had back; set true, gaussian or orthogonal."
+            "could not be had back; set true, gaussian, orthogonal, pissa, olora, corda or eva."
         )
 
 
-def resolve_targets(language_model: nn.Module, targets) -> list[str]:
-    """Full module paths of the linear layers that ``targets`` name."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
+
+def _is_norm(module: nn.Module) -> bool:
+    """A layer with weights of its own that is neither linear nor a table."""
+    own = any(True for _ in module.parameters(recurse=False))
+    return own and not isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+
+
+def resolve_targets(
+    language_model: nn.Module, targets, kind=_is_linear, defaults: dict | None = None
+) -> list[str]:
+    """Full paths of the modules that ``targets`` name.
+
+    Args:
+        kind: says of a module whether the method adapts such a one; the vocabulary projection is
+            never adapted.
+        defaults: the method's targets by model type, for ``targets`` ``None``; LoRA's fill in.
+    """
     head = language_model.get_output_embeddings()
-    linear = [
+    found = [
         name
         for name, module in language_model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if kind(module) and module is not head
     ]
     if targets is None:
-        model_type, parts = language_model.config.model_type, _last_parts(linear)
-        usual = next((names for names in ATTENTION if set(names) <= set(parts)), None)
-        targets = DEFAULTS.get(model_type, usual)
-        if targets is None:
-            raise ValueError(
-                f"peft has no default targets for {model_type!r}; set target_modules to some of "
-                f"{parts}."
-            )
+        targets = _usual(language_model.config.model_type, found, kind, defaults or {})
     if targets == "all-linear":
-        return linear
+        return found
     if isinstance(targets, str):
-        matched = {targets: [name for name in linear if re.fullmatch(targets, name)]}
+        matched = {targets: [name for name in found if re.fullmatch(targets, name)]}
     else:
-        matched = {t: [n for n in linear if n == t or n.endswith(f".{t}")] for t in targets}
+        matched = {target: _named(found, target) for target in targets}
     for target, names in matched.items():
         if not names:
-            known = _last_parts(linear)
+            known = _last_parts(found)
             close = difflib.get_close_matches(target, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            what = "linear layer" if kind is _is_linear else "layer that this method adapts"
             raise ValueError(
-                f"target_modules: {target!r} names no linear layer of this language model.{hint} "
+                f"target_modules: {target!r} names no {what} of this language model.{hint} "
                 f"It has {known}."
             )
     return sorted({name for names in matched.values() for name in names})
+
+
+def _usual(model_type: str, found: list[str], kind, defaults: dict):
+    """The default targets of a method."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
+
+    parts = _last_parts(found)
+    if model_type in defaults:
+        return defaults[model_type]
+    if kind is not _is_linear:
+        return parts
+    usual = next((names for names in ATTENTION if set(names) <= set(parts)), None)
+    targets = LORA.get(model_type, usual)
+    if targets is None:
+        raise ValueError(
+            f"peft has no default targets for {model_type!r}; set target_modules to some of "
+            f"{parts}."
+        )
+    return targets
+
+
+def _named(paths, name: str) -> list[str]:
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
 
 
 def _last_parts(names):
@@ -126,22 +214,32 @@ class PartSummary:
 
 def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
     """The parameters a peft method added to the LLM; empty when there is no adapter."""
-    config = getattr(language_model, "peft_config", None)
-    if config is None:
-        return []
-    prefix = language_model.base_model.prefix
-    return [p for name, p in language_model.named_parameters() if prefix in name]
+    return list({id(p): p for part in _adapter_parts(language_model) for p in part}.values())
+
+
+def _adapter_parts(language_model: nn.Module):
+    """Parameters of each layer's adapter, and what layers share."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    for module in language_model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                yield getattr(module, name).parameters()
+        elif isinstance(module, BaseTuner):
+            for name, child in module.named_children():
+                if name != "model":
+                    yield child.parameters()
 
 
 def set_adapter_mode(language_model: nn.Module, training: bool) -> None:
     """Put the adapter alone (its dropout) in training or eval mode."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     for layer in language_model.modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, (BaseTuner, BaseTunerLayer)):
             layer.training = training
             for name, child in layer.named_children():
-                if name != "base_layer":
+                if name not in ("base_layer", "model"):
                     child.train(training)
 
 
@@ -149,8 +247,13 @@ def set_trainable(model, *, connector: bool, adapter: bool) -> None:
     """Freeze everything, then open the connector and the adapter as asked."""
     model.requires_grad_(False)
     model.connector.requires_grad_(connector)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for parameter in adapter_parameters(model.language_model):
         parameter.requires_grad_(adapter)
+    for layer in model.language_model.modules():
+        if isinstance(layer, BaseTunerLayer):  # some methods keep a part of theirs as it began
+            layer._freeze_non_trainable_peft_weights()
 
 
 def freeze_plan(model) -> list[PartSummary]:

@@ -1,9 +1,14 @@
-"""Attention over packed rows: each sample attends to itself and to the root before it.
+"""Attention over packed rows, and attention to keys and values that an adapter has learned.
 
 An attention implementation in the sense of transformers, ``ATTENTION``, put on the LLM by
-:func:`serve_packed_rows`. It acts when the LLM is called with a ``packed`` row; every other call
-goes to transformers' own ``sdpa``.
+:func:`serve_packed_rows` and by the tuners that learn keys and values. It acts when the LLM is
+called with a ``packed`` row, whose samples each attend to themselves and to the root before them,
+or an attention module with something ``learned``; every other call goes to transformers' own
+``sdpa``.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +25,7 @@ ATTENTION = "mmpeft_packed"
 NO_MASK = torch.zeros(1, 1, 0, 0, dtype=torch.bool)
 UNSERVED = ("softcap", "position_bias", "s_aux", "sinks")  # what some LLMs want of attention
 PROBE = (24, 4)  # tokens of two samples; windows and chunks of an LLM are longer
-LONGEST_MATRIX = 1024  # positions of a block up to which its whole attention matrix is made
+LONGEST_MATRIX = 512  # positions of a block up to which its whole attention matrix is made
 
 
 @torch.no_grad()
@@ -73,19 +78,102 @@ def serve_packed_rows(bridge) -> str | None:
     return None
 
 
-def attention(module, query, key, value, attention_mask, packed: PackedRow | None = None, **kwargs):
+@dataclass
+class Learned:
+    """Keys and values that every position sees before those of its sequence.
+
+    Attributes:
+        key, value: ``(1, H_kv, P, d)``, as attention gets them: after rotary positions.
+        choose: what to take of the output ``(B, T, H * d)`` with them and, as a function, of the
+            base's own, see :meth:`mmpeft.gate.Gate.choose`.
+    """
+
+    key: Tensor
+    value: Tensor
+    choose: Callable[[Tensor, Callable[[], Tensor]], Tensor]
+
+    def apply(self, attend: Callable, query: Tensor, scaling: float) -> Tensor:
+        """The module's output ``(B, T, H, d)``; ``attend(learned)`` attends with it or ``None``."""
+        adapted = attend(self)
+        chosen = self.choose(adapted.flatten(2), lambda: attend(None).flatten(2))
+        return chosen.unflatten(2, adapted.shape[2:])
+
+
+@dataclass
+class LearnedApart(Learned):
+    """The same with a softmax of their own, whose output is scaled and added to the base's.
+
+    Attributes:
+        scale: ``(1,)``, the factor.
+    """
+
+    scale: Tensor
+
+    def apply(self, attend: Callable, query: Tensor, scaling: float) -> Tensor:
+        base, groups = attend(None), query.shape[1] // self.key.shape[1]
+        key, value = (repeat_kv(x.to(query.dtype), groups) for x in (self.key, self.value))
+        scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, P)
+        weights = torch.softmax(scores, -1, dtype=torch.float32) * self.scale
+        added = (weights.to(query.dtype) @ value).transpose(1, 2)  # (B, T, H, d)
+        added = self.choose(added.flatten(2), lambda: torch.zeros_like(added).flatten(2))
+        return base + added.unflatten(2, base.shape[2:])
+
+
+class Recorder:
+    """Passed as ``learned``, leaves attention as it is and keeps what each module attends to.
+
+    Attributes:
+        taken: (key, value) ``(B, H_kv, T, d)`` by attention module, in the order of the calls.
+    """
+
+    def __init__(self):
+        self.taken: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
+
+
+def attention(
+    module, query, key, value, attention_mask, packed: PackedRow | None = None,
+    learned: Learned | Recorder | None = None, **kwargs,
+):  # fmt: skip
     """As transformers calls it: ``query`` (B, H, T, d), ``key`` and ``value`` (B, H_kv, T, d)."""
-    if packed is None:
+    if packed is None and learned is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if given := [name for name in UNSERVED if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention over packed rows has no {', '.join(given)}")
-    return _packed_attention(query, key, value, packed, kwargs.get("scaling")), None
+        what = "over packed rows" if learned is None else "to learned keys"
+        raise NotImplementedError(f"attention {what} has no {', '.join(given)}")
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def attend(learned: Learned | None) -> Tensor:  # (B, T, H, d)
+        if packed is not None:
+            return _packed_attention(query, key, value, packed, scaling, learned)
+        return _attention(module, query, key, value, attention_mask, learned, **kwargs)
+
+    if isinstance(learned, Recorder):
+        learned.taken[module] = key, value
+        learned = None
+    return (attend(None) if learned is None else learned.apply(attend, query, scaling)), None
+
+
+def _attention(module, query, key, value, mask, learned: Learned | None, **kwargs) -> Tensor:
+    """transformers' ``sdpa`` with the learned keys and values in front; ``(B, T, H, d)``."""
+    if learned is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    (rows, _, length, _), more = query.shape, learned.key.shape[2]
+    if mask is not None:
+        mask = F.pad(mask, (more, 0), value=True if mask.dtype == torch.bool else 0)
+    elif length > 1:  # causal: queries of no one keep it so, and the fast kernels
+        query = F.pad(query, (0, 0, more, 0))
+        key, value = key[:, :, :length], value[:, :, :length]  # as sdpa cuts a static cache
+    key = torch.cat([learned.key.to(key.dtype).expand(rows, -1, -1, -1), key], 2)
+    value = torch.cat([learned.value.to(value.dtype).expand(rows, -1, -1, -1), value], 2)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0][:, -length:]
 
 
 @torch.compiler.disable  # the number and the sizes of blocks change with every batch
-def _packed_attention(query, key, value, packed: PackedRow, scaling: float | None) -> Tensor:
+def _packed_attention(
+    query, key, value, packed: PackedRow, scaling: float, learned: Learned | None = None
+) -> Tensor:
     """``(1, H, N, d)`` queries, ``(1, H_kv, N, d)`` keys and values to ``(1, N, H, d)``."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = [block.length for block in packed.blocks]
     # split, not slices: the gradient of each slice would be as long as the row
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
@@ -94,38 +182,73 @@ def _packed_attention(query, key, value, packed: PackedRow, scaling: float | Non
         before[block.start] = k, v
         if block.root[1]:
             k, v = (torch.cat(x, 2) for x in zip(before[block.root[0]], (k, v), strict=True))
-        outputs.append(_attend(q, k, v, block, scaling))
+        if learned is not None:
+            k = torch.cat([learned.key.to(k.dtype), k], 2)
+            v = torch.cat([learned.value.to(v.dtype), v], 2)
+        more = 0 if learned is None else learned.key.shape[2]
+        outputs.append(_attend(q, k, v, block, scaling, more))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _attend(query, key, value, block: Block, scaling: float) -> Tensor:
+def _attend(query, key, value, block: Block, scaling: float, more: int) -> Tensor:
+    """One block, of whose keys the first ``more`` are seen by all."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type == "cpu" and half and block.length <= LONGEST_MATRIX:
-        return _attend_by_matrix(query, key, value, block, scaling)
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and block.mask is not None:  # CUDA's kernels take one or the other
+        return _attend_by_matrix(query, key, value, block, scaling, more)
+    grouped, mask = query.shape[1] != key.shape[1], block.mask
+    if more and mask is None:
+        query = F.pad(query, (0, 0, more, 0))  # causal, as above
+    elif more:
+        mask = F.pad(mask, (more, 0), value=True)
+    if grouped and mask is not None:  # CUDA's kernels take one or the other
         groups, grouped = query.shape[1] // key.shape[1], False
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling,
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
         enable_gqa=grouped,
     )  # fmt: skip
+    return attended[:, :, more:] if more and mask is None else attended
 
 
-def _attend_by_matrix(query, key, value, block: Block, scaling: float) -> Tensor:
-    """The same with the whole matrix of scores, as transformers' ``eager`` has it.
-
-    Forward and backward together take half the time of torch's fused kernel on a CPU, whose
-    backward in bfloat16 is slow.
-    """
+def _attend_by_matrix(query, key, value, block: Block, scaling: float, more: int) -> Tensor:
+    """The same with the whole matrix of scores, as transformers' ``eager`` has it."""
     _, heads, length, size = query.shape
     kv_heads = key.shape[1]
     # heads that share a key lie below each other
-    bias = block.bias(query.dtype, heads // kv_heads, query.device)
+    bias = block.bias(torch.float32, heads // kv_heads, query.device)
+    if more:
+        bias = F.pad(bias, (more, 0))
     q = query[0].reshape(kv_heads, -1, size)  # (H_kv, groups * t, d)
-    scores = torch.baddbmm(bias, q, key[0].transpose(1, 2), alpha=scaling)
-    attended = torch.softmax(scores, -1) @ value[0]
-    return attended.view(1, heads, length, size)
+    attended = _MatrixAttention.apply(q, key[0], value[0], bias, scaling)
+    return attended.view(1, heads, length, value.shape[-1])
+
+
+class _MatrixAttention(torch.autograd.Function):
+    """Attention in 16 bits whose scores are float32, as those of torch's fused kernels are.
+
+    Scores of 30 rounded to bfloat16 are off by a tenth, and so are the weights made of them. What
+    flows back is rounded like any other gradient. Forward and backward together take less time on
+    a CPU than torch's fused kernel, whose backward is slow there.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, scaling):
+        """``(H_kv, n, d)``; keys and values ``(H_kv, m, d)``, bias ``(n, m)``."""
+        with torch.autocast("cpu", enabled=False):  # it would round again
+            scores = torch.baddbmm(bias, query.float(), key.float().transpose(1, 2), alpha=scaling)
+        weights = torch.softmax(scores, -1).to(value.dtype)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling = scaling
+        return weights @ value
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, weights = ctx.saved_tensors
+        of_weights = grad @ value.transpose(1, 2)  # (H_kv, n, m)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_scores *= ctx.scaling
+        of_query, of_key = of_scores @ key, of_scores.transpose(1, 2) @ query
+        return of_query, of_key, weights.transpose(1, 2) @ grad, None, None
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -140,8 +140,9 @@ class ChatSession:
     @torch.inference_mode()
     def _generate(self, prompt: Prompt, side: str, figures: Figures, options: dict) -> None:
         answering = self.model.disable_adapter() if side == SIDES[1] else nullcontext()
-        sees = bool(prompt.pictures) and self.model.config.gate != "none"
-        setting = (side, sees and side == SIDES[0])  # the gate opens for the text before, too
+        # this gate opens for the text before a picture, too
+        opens = bool(prompt.pictures) and self.model.config.gate == "sample"
+        setting = (side, opens and side == SIDES[0])
         limit = rope_limit(self.model.config)  # a cache made on its other side is another one
         fits = limit is None or len(prompt.marks) + options["max_new_tokens"] <= limit
         start, before = self._resume(setting, prompt) if fits else (None, None)

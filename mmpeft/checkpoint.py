@@ -18,11 +18,12 @@ HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_down
 
 def assemble(
     cls, vision_encoder, connector, language_model: dict, adapter, gate: str, resolution=None,
-    new: bool = True,
+    new: bool = True, new_adapter: bool = True,
 ):  # fmt: skip
     """Build the parts and put them together; ``cls`` is the bridge's model class.
 
-    Only a ``new`` bridge reads the weights its connector starts from.
+    Only a ``new`` bridge reads the weights its connector starts from, and only a ``new_adapter``
+    makes the start that it takes out of the frozen weights.
     """
     from mmpeft.adapters import attach_adapter
     from mmpeft.config import to_spec
@@ -45,7 +46,7 @@ def assemble(
     )
     llm.requires_grad_(False)
     if adapter is not None:
-        llm = attach_adapter(llm, adapter)
+        llm = attach_adapter(llm, adapter, new_adapter)
     return cls(config, encoder, module, llm).eval()
 
 
@@ -104,7 +105,7 @@ def load_model(
     adapter_and_gate = choose_adapter(parts, adapter, gate, directory)
     if dtype is not None:
         parts["language_model"]["dtype"] = str(dtype).removeprefix("torch.")
-    model = assemble(cls, **parts | adapter_and_gate, new=False)
+    model = assemble(cls, **parts | adapter_and_gate, new=False, new_adapter=adapter is not None)
     model.config.processor = config.processor
     for part, trained_on in config.identities.items():
         found = model.config.identities[part]

@@ -81,6 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
     _add_json(plan)
 
+    compare = command(
+        "compare", _compare, "train and measure a grid of methods, ranks, data and seeds",
+        example="examples:\n"
+        "  mmpeft compare configs/grids/vision.yaml\n"
+        "  mmpeft compare configs/grids/vision.yaml --output_dir runs/again\n"
+        "  mmpeft compare runs/vision                  draws the table of what is there\n\n"
+        "Each cell is a process of its own. Started again, it runs the cells that are missing or\n"
+        "failed, and no other. The folder gets compare.json, table.md, table.csv, front.png and\n"
+        "rank.png. Exit code 1 if a cell failed.",
+    )  # fmt: skip
+    compare.add_argument("grid", metavar="GRID.yaml", help="see configs/grids/; or its folder")
+    compare.add_argument("--output_dir", metavar="FOLDER", help="instead of the grid's own")
+    compare.add_argument(
+        "--redo", action="store_true", help="run cells of another configuration anew"
+    )
+    _add_json(compare)
+
     imported = command(
         "import", _import, "make a bridge of a published LLaVA, BLIP-2 or InstructBLIP checkpoint",
         example="examples:\n"
@@ -99,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     evaluate = command(
-        "eval", _eval, "score a run on a vision task, beside its controls",
+        "eval", _eval, "score a run on a task, beside its controls",
         example="example:\n  mmpeft eval runs/quickstart --task easy_vqa",
     )  # fmt: skip
     evaluate.add_argument("run", metavar="RUN", help="run or checkpoint folder")
@@ -257,7 +274,7 @@ def _train(arguments):
 
 
 def _cache(arguments):
-    from mmpeft.feature_cache import fill, render
+    from mmpeft.feature_fill import fill, render
 
     report = fill(arguments.recipe, arguments.overrides)
     _show(arguments, report, render(report))
@@ -268,6 +285,21 @@ def _plan(arguments):
 
     report = plan(arguments.recipe, arguments.overrides)
     _show(arguments, report, render(report))
+
+
+def _compare(arguments):
+    from pathlib import Path
+
+    from mmpeft.compare import compare, redraw, render
+
+    if Path(arguments.grid).is_dir():
+        if arguments.output_dir or arguments.redo:
+            raise ValueError("--output_dir and --redo are for a GRID.yaml, not for its folder.")
+        report = redraw(arguments.grid)
+    else:
+        report = compare(arguments.grid, arguments.output_dir, arguments.redo)
+    _show(arguments, report, render(report))
+    return int(bool(report["failures"]))
 
 
 def _import(arguments):

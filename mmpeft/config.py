@@ -4,6 +4,7 @@ This is the one place that knows all parts. Parts are named by class (``class_pa
 short name) with ``init_args``; misspelt keys are refused with the nearest valid one.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -21,7 +22,8 @@ from torchvision.transforms.v2 import Transform
 from transformers import TrainingArguments
 
 import mmpeft.connectors
-import mmpeft.tasks  # noqa: F401 (importing them makes their classes known by short name)
+import mmpeft.tasks
+import mmpeft.tuners  # noqa: F401 (importing them makes their classes known by short name)
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.layout import ResolutionConfig
@@ -42,7 +44,10 @@ class ModelConfig:
         dtype: floating type of the frozen language model; null is float32, or that of start_from.
         adapter: peft config for the language model; null trains the connector alone, or the
             adapter that start_from has.
-        gate: where the adapter acts: none (everywhere) or sample (only rows with an image); null is
+        rank: rank of the adapter, instead of its ``r``; all else of it stays, lora_alpha too. auto
+            looks for one before stage instruct, see ``rank_search``.
+        gate: where the adapter acts: none (everywhere), sample (only rows with an image),
+            image_tokens (only image positions) or after_image (from the first image on); null is
             none, or that of start_from.
         resolution: how the size and shape of a picture are served, and its budget of tokens.
         chat_template: packaged chat template or a jinja file; null takes the language model's own,
@@ -56,11 +61,16 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     adapter: PeftConfig | None = None
-    gate: Literal["none", "sample"] | None = None
+    rank: Literal["auto"] | int | None = None
+    gate: Literal["none", "sample", "image_tokens", "after_image"] | None = None
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     chat_template: str | None = None
 
     def __post_init__(self):
+        if self.rank == "auto":
+            of_rank(self.adapter, 1)  # it must have one
+        elif self.rank is not None:
+            self.adapter = of_rank(self.adapter, self.rank)
         parts = ("vision_encoder", "connector", "language_model")
         if self.start_from is None:
             if missing := [name for name in parts if getattr(self, name) is None]:
@@ -75,6 +85,33 @@ class ModelConfig:
                 f"model.start_from brings the parts of {self.start_from}; leave out "
                 f"{', '.join(own)}."
             )
+
+
+def of_rank(adapter: PeftConfig | None, rank: int) -> PeftConfig:
+    """The adapter with another rank. ``lora_alpha`` stays, as in LoRA's paper (2106.09685, 4.1).
+
+    Raises:
+        ValueError: it has no rank that could be set.
+    """
+    name = type(adapter).__name__
+    if rank < 1:
+        raise ValueError(f"model.rank is {rank}; it must be 1 or more, auto or null.")
+    if not hasattr(adapter, "r") or name in SETS_NO_RANK:
+        reason = SETS_NO_RANK.get(name, "has no rank r")
+        raise ValueError(
+            f"model.rank is set, but "
+            f"{f'adapter {name} {reason}' if adapter else 'there is no model.adapter'}; set "
+            "model.rank to null."
+        )
+    adapter = copy.copy(adapter)
+    adapter.r = rank
+    return adapter
+
+
+SETS_NO_RANK = {
+    "AdaLoraConfig": "moves ranks from init_r to target_r while it trains",
+    "OFTConfig": "counts blocks by r",
+}
 
 
 @dataclass
@@ -92,6 +129,8 @@ class DataConfig:
             the LLM's words (see ``mmpeft replay``); null mixes in none. Under gate sample text
             never reaches the adapter, and replay has nothing to teach.
         replay_share: share of the samples (not of their tokens) that are replay, between 0 and 1.
+        start_samples: samples that an adapter's start out of data (init_lora_weights eva or corda)
+            is made from.
         augmentation: transforms of training pictures, as [{class_path: RandomHorizontalFlip}]; any
             Transform of torchvision.transforms.v2, or your own, from PIL image to PIL image. Every
             picture is then encoded each time (no feature cache). null changes nothing.
@@ -103,9 +142,12 @@ class DataConfig:
     chats_per_sample: int = 1
     replay: Task | None = None
     replay_share: float = 0.25
+    start_samples: int = 256
     augmentation: list[Transform] | None = None
 
     def __post_init__(self):
+        if self.start_samples < 1:
+            raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
         if not 0 < self.replay_share < 1:
             raise ValueError(
                 f"data.replay_share is {self.replay_share}; it must lie above 0 and below 1. "
@@ -121,6 +163,9 @@ class StageConfig(TrainingArguments):
         connector_learning_rate: peak learning rate of the connector.
         adapter_learning_rate: peak learning rate of the adapter.
         freeze_connector: train the adapter alone; nothing below its first layer then has a graph.
+        kl_weight: weight of the KL to the base in the loss, in nats a token: in rows of text alone
+            (data.replay), where the LLM speaks, the bridge is held to what the LLM says with its
+            adapter off. metrics.jsonl has the divergence as kl_to_base; loss is the sum of both.
         bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
         dataloader_num_workers: processes that make samples; null is up to 4 for a CUDA device, as
             far as there are CPU cores beside the one that trains, and otherwise 0: on a CPU,
@@ -134,6 +179,7 @@ class StageConfig(TrainingArguments):
     connector_learning_rate: float = 1e-3
     adapter_learning_rate: float = 2e-4
     freeze_connector: bool = False
+    kl_weight: float = 0.0
     logging_steps: float = 10
     save_steps: float = 100
     save_total_limit: int | None = 2
@@ -146,6 +192,8 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = False
 
     def __post_init__(self):
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more.")
         if self.torch_compile:
             raise ValueError(
                 "torch_compile would compile the whole bridge anew for every length; set "
@@ -213,6 +261,30 @@ class RetentionConfig:
 
 
 @dataclass
+class RankSearchConfig:
+    """How ``model.rank: auto`` looks for a rank: by successive halving, see :mod:`mmpeft.rank`.
+
+    Attributes:
+        candidates: the ranks to try.
+        steps: steps that the last ones left are trained; null is a quarter of stage instruct.
+        validation: samples held out of the search's training, in whole groups; at least so many.
+    """
+
+    candidates: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])
+    steps: int | None = None
+    validation: int = 64
+
+    def __post_init__(self):
+        if len(set(self.candidates)) < 2 or min(self.candidates) < 1:
+            raise ValueError(
+                f"rank_search.candidates is {self.candidates}; name two ranks or more, from 1 on."
+            )
+        for name in ("steps", "validation"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise ValueError(f"rank_search.{name} is {value}; it must be 2 or more.")
+
+
+@dataclass
 class SpeedConfig:
     """Work that need not be done. Each lever is on by default and switched off by its field.
 
@@ -275,6 +347,7 @@ class RunConfig:
         align: first stage, trains the connector alone; null skips it.
         instruct: second stage, trains connector and adapter; null skips it.
         retention: watch text skills during stage instruct; null does not.
+        rank_search: how ``model.rank: auto`` looks for a rank.
         speed: what is skipped because its result is known.
         seed: seeds initialisation, shuffling and dropout.
     """
@@ -285,6 +358,7 @@ class RunConfig:
     align: StageConfig | None = None
     instruct: StageConfig | None = None
     retention: RetentionConfig | None = None
+    rank_search: RankSearchConfig = field(default_factory=RankSearchConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     seed: int = 0
 
@@ -294,6 +368,8 @@ class RunConfig:
                 "speed.feature_cache is on, but data.augmentation shows each picture differently "
                 "every time; set one of them to null or off."
             )
+        if self.model.rank == "auto" and self.instruct is None:
+            raise ValueError("model.rank is auto, but there is no stage instruct to find it for.")
         for name, part in (("data.replay", self.data.replay), ("retention", self.retention)):
             adapter = self.model.adapter or self.model.start_from
             if part is not None and None in (adapter, self.instruct):
@@ -308,14 +384,16 @@ class RunConfig:
         return {"connector": not frozen, "adapter": stage == "instruct"}
 
 
-def parser():
-    """The jsonargparse parser of ``RunConfig``."""
+def parser(cls: type = RunConfig):
+    """The jsonargparse parser of a configuration dataclass."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(subclasses_enabled=list(_BASES.values()))
+    set_parsing_settings(
+        subclasses_enabled=list(_BASES.values()), instantiate_subclass_spec_in_any=False
+    )
     result = ArgumentParser(prog="mmpeft train", exit_on_error=False, allow_abbrev=False)
     result.add_argument("--config", action="config", help="YAML recipe")
-    result.add_class_arguments(RunConfig, as_group=False)
+    result.add_class_arguments(cls, as_group=False)
     return result
 
 
@@ -330,29 +408,50 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
         ValueError: an unknown key or part, or a value of the wrong type; one line, with the
             nearest valid name.
     """
-    from jsonargparse import ArgumentError
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {path} does not exist.")
-    run_parser = parser()
+    words = ["--config", str(path), *overrides]
+    return _parsed(RunConfig, path, _SECTIONS, lambda run_parser: run_parser.parse_args(words))
+
+
+def from_mapping(cls: type, mapping: dict, where, sections: dict | None = None):
+    """A configuration dataclass of what a YAML file holds.
+
+    Args:
+        where: what an error message begins with.
+        sections: the dataclasses that its keys come from, by the prefix of the key; those of a
+            recipe by default.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    sections = _SECTIONS if sections is None else sections
+    return _parsed(cls, where, sections, lambda own: own.parse_object(mapping))[0]
+
+
+def _parsed(cls: type, where, sections: dict, parse) -> tuple:
+    """An instance and its resolved form."""
+    from jsonargparse import ArgumentError
+
+    run_parser = parser(cls)
     try:
         with warnings.catch_warnings():
             # the resolved recipe spells out every default, of which peft then warns
             warnings.filterwarnings("ignore", message=".*loftq_config")
-            namespace = run_parser.parse_args(["--config", str(path), *overrides])
+            namespace = parse(run_parser)
             resolved = run_parser.dump(namespace)
             parts = vars(run_parser.instantiate(namespace))
-            del parts["config"]
-            return RunConfig(**parts), resolved
+            parts.pop("config", None)
+            return cls(**parts), resolved
     except ArgumentError as error:
-        raise ValueError(f"{path}: {_explain(str(error))}") from None
+        raise ValueError(f"{where}: {_explain(str(error), sections)}") from None
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, sections: dict) -> str:
     """jsonargparse's error in one line, with the nearest valid key or class."""
     if found := _UNKNOWN_KEY.search(message):
         key = next(filter(None, found.groups()))
-        ours = {name: where for where, cls in _SECTIONS.items() for name in _keys(cls)}
+        ours = {name: where for where, cls in sections.items() for name in _keys(cls)}
         every = _keys(*_all_parts())
         wrong = next((part for part in key.split(".") if part not in ours.keys() | every), None)
         if wrong is None:  # every word exists, only not here
@@ -369,7 +468,7 @@ def _explain(message: str) -> str:
 
 _SECTIONS = {
     "instruct.": StageConfig, "retention.": RetentionConfig, "data.": DataConfig,
-    "speed.": SpeedConfig,
+    "speed.": SpeedConfig, "rank_search.": RankSearchConfig,
     "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
 }  # fmt: skip
 _UNKNOWN_KEY = re.compile(

@@ -150,7 +150,7 @@ def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
         if not order:
             raise ValueError(
                 f"{count} of {len(rows)} rows cannot be held out: nothing would be left to learn "
-                "from. Lower retention.vision_samples."
+                "from. Lower retention.vision_samples or rank_search.validation."
             )
     return np.flatnonzero(np.isin(groups, drawn)).tolist()
 

@@ -1,7 +1,8 @@
-"""Score a bridge on a vision task, beside controls that show whether it looks at the picture.
+"""Score a bridge on a task, beside controls that show whether it looks at the picture.
 
 ``majority`` answers each question with its commonest training answer. ``image_withheld`` asks the
-same model without the picture, ``image_shuffled`` with the picture of another row.
+same model without the picture, ``image_shuffled`` with the picture of another row. Where no row has
+a picture there are no controls.
 """
 
 import json
@@ -12,15 +13,17 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.data import check_chat
 from mmpeft.prefix import Prompt, try_sharing
-from mmpeft.task import Task, parts, pictures, words
+from mmpeft.task import Metric, Task, parts, pictures, words
 
 SCHEMA = "mmpeft.eval/1"
+RESAMPLES = 1000  # of the rows, for the interval of a score that is no share
 ENCODED = 16  # batches of prompts encoded at a time: meanwhile frames of their clips are in memory
 
 
@@ -34,7 +37,7 @@ def evaluate(
     batch_size: int = 64,
     share_prefix: bool = True,
 ) -> tuple[dict, list[dict]]:
-    """Accuracy of greedy replies on the task's test split.
+    """Accuracy, or what the task has instead, of greedy replies on its test split.
 
     Args:
         samples: that many rows, drawn with ``seed``; ``None`` takes all.
@@ -45,8 +48,11 @@ def evaluate(
         the report (see ``docs/json.md``) and the items, one dict a row.
     """
     numbers, rows, chats = draw_rows(task, samples, seed)
-    # before the replies, which take long: there may be no train split
-    majority = task.score(_majority_answers(task, chats), rows)
+    prompts = [chat[:-1] for chat in chats]
+    seeing = any(pictures(*prompt) for prompt in prompts)
+    controls = {}
+    if seeing:  # before the replies, which take long: there may be no train split
+        controls["majority"] = task.metrics(_majority_answers(task, chats), rows)
     sharing = share_prefix and try_sharing(model, processor)
 
     def score(prompts, name):
@@ -54,23 +60,24 @@ def evaluate(
             model, processor, prompts, task.max_new_tokens, batch_size, name, sharing,
             lambda i: task.where(rows[i], numbers[i]),
         )  # fmt: skip
-        return replies, task.score(replies, rows)
+        return replies, task.metrics(replies, rows)
 
-    prompts = [chat[:-1] for chat in chats]
     began = time.perf_counter()
-    replies, right = score(prompts, "bridge")
-    _, withheld = score([_with_picture(prompt, None) for prompt in prompts], "image withheld")
-    _, shuffled = score(_shuffle_pictures(prompts, seed), "image shuffled")
+    replies, metrics = score(prompts, "bridge")
+    if seeing:
+        withheld = [_with_picture(prompt, None) for prompt in prompts]
+        _, controls["image_withheld"] = score(withheld, "image withheld")
+        _, controls["image_shuffled"] = score(_shuffle_pictures(prompts, seed), "image shuffled")
     seconds = time.perf_counter() - began
-    controls = {"majority": majority, "image_withheld": withheld, "image_shuffled": shuffled}
 
-    types = [task.question_type(row) for row in rows]
-    report = {"schema": SCHEMA, "task": task.name, "seed": seed, **_summary(right, controls)}
+    types = np.array([task.question_type(row) for row in rows])
+    report = {"schema": SCHEMA, "task": task.name, "seed": seed}
+    report |= _summary(metrics, controls, seed)
     report["by_type"] = {
-        kind: _summary(*_only(right, controls, [t == kind for t in types]))
-        for kind in sorted(set(types))
+        kind: _summary(metrics, controls, seed, types == kind) for kind in sorted(set(types))
     }
-    report["seconds"], report["replies_per_second"] = seconds, 3 * len(rows) / seconds
+    report["seconds"] = seconds
+    report["replies_per_second"] = (3 if seeing else 1) * len(rows) / seconds
     items = [
         {
             "row": number,
@@ -78,12 +85,17 @@ def evaluate(
             "question": words(*prompt),
             "reference": words(chat[-1]),
             "reply": reply,
-            "right": bool(is_right),
         }
-        for number, kind, prompt, chat, reply, is_right in zip(
-            numbers, types, prompts, chats, replies, right, strict=True
+        for number, kind, prompt, chat, reply in zip(
+            numbers, types.tolist(), prompts, chats, replies, strict=True
         )
     ]
+    for name, metric in metrics.items():
+        for item, value in zip(items, metric.rows, strict=True):
+            if name == "accuracy":
+                item["right"] = bool(value)
+            elif np.ndim(value) == 0:  # a score of the whole has none of a row
+                item.setdefault("scores", {})[name] = value
     return report, items
 
 
@@ -108,7 +120,7 @@ def score_rows(model, processor, task: Task, *, samples: int | None, seed: int =
         model, processor, prompts, task.max_new_tokens, 64, None,
         where=lambda i: task.where(rows[i], numbers[i]),
     )  # fmt: skip
-    summary = _summary(task.score(replies, rows), {})
+    summary = _summary({"accuracy": Metric(task.score(replies, rows))}, {}, seed)
     return {key: summary[key] for key in ("n", "accuracy", "ci95")}
 
 
@@ -197,24 +209,36 @@ def _by_picture(prompts) -> list[int]:
     return sorted(range(len(prompts)), key=key)
 
 
-def _summary(right, controls) -> dict:
+def _summary(metrics, controls, seed, keep=slice(None)) -> dict:
+    """Every metric over the rows that ``keep`` chooses; accuracy by itself, too."""
+    found = {}
+    for name, metric in metrics.items():
+        rows = np.asarray(metric.rows, float)[keep]
+        others = {control: given[name] for control, given in controls.items() if name in given}
+        found[name] = {
+            "value": float(metric.of(rows)),
+            "ci95": _interval(rows, metric.of, seed),
+            "controls": {
+                control: float(other.of(np.asarray(other.rows, float)[keep]))
+                for control, other in others.items()
+            },
+        }
+    report = {"n": len(rows)}
+    if "accuracy" in found:
+        report |= {("accuracy" if k == "value" else k): v for k, v in found["accuracy"].items()}
+    return report | {"metrics": found}
+
+
+def _interval(rows: np.ndarray, of, seed: int) -> list[float]:
+    """95%: Wilson's for a share of right replies, else percentiles over redrawn rows."""
     from statsmodels.stats.proportion import proportion_confint
 
-    n = len(right)
-    low, high = proportion_confint(sum(right), n, method="wilson")
-    return {
-        "n": n,
-        "accuracy": sum(right) / n,
-        "ci95": [float(low), float(high)],
-        "controls": {name: sum(scores) / n for name, scores in controls.items()},
-    }
-
-
-def _only(right, controls, keep):
-    def pick(scores):
-        return [score for score, kept in zip(scores, keep, strict=True) if kept]
-
-    return pick(right), {name: pick(scores) for name, scores in controls.items()}
+    n = len(rows)
+    if np.isin(rows, (0, 1)).all() and rows.ndim == 1:
+        return [float(end) for end in proportion_confint(rows.sum(), n, method="wilson")]
+    random = np.random.default_rng(seed)
+    redrawn = [of(rows[random.integers(n, size=n)]) for _ in range(RESAMPLES)]
+    return [float(end) for end in np.percentile(redrawn, (2.5, 97.5))]
 
 
 def _with_picture(prompt, picture):
@@ -277,12 +301,34 @@ def evaluate_run(run, task: Task, **options) -> dict:
 
 def render(report: dict) -> str:
     """The report as a table."""
-    header = ("", "n", "accuracy", "95% CI", "majority", "withheld", "shuffled")
-    lines = ["{:<8}{:>7}{:>10}{:>16}{:>10}{:>10}{:>10}".format(*header)]
-    for name, part in {**report["by_type"], "all": report}.items():
-        low, high = part["ci95"]
-        controls = "".join(f"{value:>10.1%}" for value in part["controls"].values())
-        interval = f"{low:.1%} - {high:.1%}"
-        lines.append(f"{name:<8}{part['n']:>7}{part['accuracy']:>10.1%}{interval:>16}{controls}")
+    parts = {**report["by_type"], "all": report}
+    lines = _accuracies(parts) if "accuracy" in report else _metrics(parts)
     lines.append(f"{report['seconds']:.0f} s, {report['replies_per_second']:.1f} replies/s")
     return f"{report['task']}\n" + "\n".join(lines)
+
+
+def _accuracies(parts: dict) -> list[str]:
+    columns = {"majority": "majority", "image_withheld": "withheld", "image_shuffled": "shuffled"}
+    columns = {name: columns[name] for name in parts["all"]["controls"]}
+    header = ("", "n", "accuracy", "95% CI")
+    lines = ["{:<8}{:>7}{:>10}{:>16}".format(*header)]
+    lines[0] += "".join(f"{name:>10}" for name in columns.values())
+    for name, part in parts.items():
+        low, high = part["ci95"]
+        controls = "".join(f"{part['controls'][column]:>10.1%}" for column in columns)
+        interval = f"{low:.1%} - {high:.1%}"
+        lines.append(f"{name:<8}{part['n']:>7}{part['accuracy']:>10.1%}{interval:>16}{controls}")
+    return lines
+
+
+def _metrics(parts: dict) -> list[str]:
+    controls = next(iter(parts["all"]["metrics"].values()))["controls"]
+    lines = ["{:<12}{:>7}  {:<9}{:>8}{:>18}".format("", "n", "metric", "value", "95% CI")]
+    lines[0] += "".join(f"{name:>16}" for name in controls)
+    for name, part in parts.items():
+        for metric, found in part["metrics"].items():
+            low, high = found["ci95"]
+            line = f"{name:<12}{part['n']:>7}  {metric:<9}{found['value']:>8.4f}"
+            others = "".join(f"{value:>16.4f}" for value in found["controls"].values())
+            lines.append(f"{line}{f'{low:.4f} - {high:.4f}':>18}{others}")
+    return lines

@@ -37,7 +37,7 @@ class BridgeConfig(PreTrainedConfig):
         language_model: ``{"name", "revision", "dtype"}`` of the LLM.
         vision_encoder: ``{"class_path", "init_args"}`` of a ``VisionEncoderConfig``.
         connector: ``{"class_path", "init_args"}`` of a ``ConnectorConfig``.
-        gate: where the adapter acts, ``"none"`` or ``"sample"``.
+        gate: where the adapter acts, see :mod:`mmpeft.gate`.
         resolution: fields of a :class:`~mmpeft.layout.ResolutionConfig`.
         identities: weights hash of each frozen part, checked when a checkpoint is loaded.
         processor: ``{"name", "revision"}`` of the published checkpoint whose own image processor,
@@ -79,6 +79,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ("past_key_values",)
     supervised_logits = True
     logits_chunk: int | None = None  # only where projects_last()
+    text_kl = None  # a mmpeft.text_kl.TextKL, while a stage with such a term trains
     compiled_layers = 0  # see mmpeft.speed
 
     def __init__(self, config: BridgeConfig, vision_encoder, connector, language_model):
@@ -150,7 +151,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,  # (B, T, D)
         labels: Tensor | None = None,  # (B, T), -100 where nothing is to be learned
         mm_token_type_ids: Tensor | None = None,  # (B, T), 1 at image positions
-        adapter_mask: Tensor | None = None,  # (B, 1), made by generate from the whole sequence
+        adapter_mask: Tensor | None = None,  # (B, 1) or (B, T), where the adapter acts, if known
         image_features=None,  # instead of pixel_values: as encode_images returns them
         image_embeds: Tensor | None = None,  # (image tokens, D), instead of either
         qformer_input_ids: Tensor | None = None,  # (images, Tq), for connectors that read the text
@@ -179,10 +180,12 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif mm_token_type_ids is not None and adapter_mask is None and mm_token_type_ids.any():
             raise ValueError("mm_token_type_ids marks image positions but no image was passed.")
 
-        mask = self._adapter_mask(
-            adapter_mask, mm_token_type_ids, past_key_values, inputs_embeds, packed
-        )
-        self._gate.mask = None if mask is None or mask.all() else mask  # open: nothing to mask
+        if adapter_mask is None:
+            adapter_mask = self._adapter_mask(
+                mm_token_type_ids, attention_mask, past_key_values, inputs_embeds, packed
+            )
+        shut = adapter_mask is not None and not adapter_mask.all()
+        self._gate.mask = adapter_mask if shut else None
         if packed is not None:
             attention_mask, kwargs = NO_MASK, kwargs | {"packed": packed}
         call = kwargs | {
@@ -193,9 +196,12 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         }
         if labels is None:
             return self.language_model(**call, logits_to_keep=logits_to_keep)
-        return self._learn({"use_cache": False} | call, labels, num_items_in_batch)
+        call = {"use_cache": False} | call
+        return self._learn(call, labels, num_items_in_batch, mm_token_type_ids)
 
-    def _learn(self, call: dict, labels: Tensor, num_items_in_batch) -> CausalLMOutputWithPast:
+    def _learn(
+        self, call: dict, labels: Tensor, num_items_in_batch, mm_token_type_ids: Tensor | None
+    ) -> CausalLMOutputWithPast:
         """The LLM's outputs for ``call`` with the loss: nats per learned token.
 
         Their number, ``num_items_in_batch``, is counted over all accumulated micro-batches and
@@ -206,15 +212,21 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         only = self.training and self.supervised_logits
         chunk = self.logits_chunk or len(targets)
         chunked = only and len(targets) > chunk
+        kept = None
+        if self.training and self.text_kl is not None:
+            kept = self.text_kl.ask_base(self, call, supervised, mm_token_type_ids, chunked)
         with self._project_only(supervised, chunked) if only else nullcontext() as hidden:
             outputs = self.language_model(**call)
         if chunked:
-            total = summed_loss_in_chunks(self.get_output_embeddings(), hidden[0], targets, chunk)
+            states, project = hidden[0], self.get_output_embeddings()  # (n, D)
+            total = summed_loss_in_chunks(project, states, targets, chunk)
         else:
-            logits = outputs.logits[0] if only else outputs.logits[supervised]  # (n, V)
-            total = summed_loss(logits, targets)
+            states, project = outputs.logits[0] if only else outputs.logits[supervised], None
+            total = summed_loss(states, targets)  # of (n, V)
         count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         outputs.loss = total / count
+        if kept is not None:
+            outputs.loss = outputs.loss + self.text_kl.term(*kept, states, project)
         if only:
             outputs.logits = None
         return outputs
@@ -283,20 +295,19 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             positions.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype)
         )
 
-    def _adapter_mask(self, given, mm_token_type_ids, past_key_values, inputs_embeds, packed):
+    def _adapter_mask(
+        self, mm_token_type_ids, attention_mask, past_key_values, inputs_embeds, packed
+    ):
         if self.config.gate == "none":
             return None
-        if given is not None:
-            return given
-        batch_size = inputs_embeds.shape[0]
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 "with a KV cache the gate must know which rows hold an image: pass adapter_mask "
-                "(B, 1), as generate does."
+                "(B, 1), as generate does (mmpeft.gate.gate_behind)."
             )
         if mm_token_type_ids is None:
-            return inputs_embeds.new_zeros(batch_size, 1, dtype=torch.bool)
-        return gate_mask(self.config.gate, mm_token_type_ids, packed)
+            return inputs_embeds.new_zeros(inputs_embeds.shape[0], 1, dtype=torch.bool)
+        return gate_mask(self.config.gate, mm_token_type_ids, packed, attention_mask)
 
     @contextmanager
     def _project_only(self, positions: Tensor, first: bool = False):
@@ -339,11 +350,20 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if token_types is None:
             token_types = input_ids.new_zeros(input_ids.shape[0], 1)
-        inputs["adapter_mask"] = gate_mask(self.config.gate, token_types)
+        inputs["adapter_mask"] = self._mask_of_step(token_types, inputs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         return inputs
+
+    def _mask_of_step(self, token_types: Tensor, inputs: dict) -> Tensor | None:
+        """The gate's mask of the tokens that ``inputs`` holds, the last of ``token_types``."""
+        mask = gate_mask(self.config.gate, token_types)
+        if mask is None or mask.shape[1] == 1:
+            return mask
+        given = inputs.get("inputs_embeds")
+        given = inputs["input_ids"] if given is None else given
+        return mask[:, -given.shape[1] :]
 
     def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
         """As upstream, but repeats the images row by row: a row may hold none or several."""
@@ -378,6 +398,17 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         finally:
             for parameter, requires_grad in before:
                 parameter.requires_grad_(requires_grad)
+
+    def replace_adapter(self, adapter) -> None:
+        """Take the adapter off and put an untrained one on: a peft config, see :meth:`from_parts`.
+
+        The gate is as it was.
+        """
+        base = self.language_model.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config  # else peft takes the new one for a second
+        self.language_model = adapters.attach_adapter(base, adapter)
+        self._gate = Gate(self.language_model, self.config.gate)
 
     def merge_adapter(self):
         """Fold the adapter into the LLM's weights, in place; only for gate ``none``."""

@@ -92,6 +92,33 @@ class PackedRow:
         stretches = by_token.split(self.trees, dim=1)
         return torch.cat([s.any(1, keepdim=True).expand(s.shape) for s in stretches], 1)
 
+    def see(self, by_token: Tensor) -> Tensor:
+        """``(1, N)`` bool: for each position, whether it sees one that is true in ``by_token``.
+
+        Roots hold words alone.
+        """
+        parts = []
+        for block in self.blocks:
+            own = by_token[:, block.start : block.start + block.length]  # (1, t)
+            if block.mask is None:
+                parts.append(own.cumsum(1) > 0)
+            else:
+                visible = block.mask[:, block.root[1] :]  # (t, t)
+                parts.append((visible & own).any(1)[None])
+        return torch.cat(parts, 1)
+
+    def part(self, taken: Tensor) -> "PackedRow":
+        """The row of some trees alone: of those at whose positions ``taken`` ``(1, N)`` is true."""
+        taken = taken[0].tolist()
+        places = np.cumsum(taken) - 1  # of each position that is taken
+        blocks = [
+            replace(b, start=int(places[b.start]), root=(int(places[b.root[0]]), b.root[1]))
+            for b in self.blocks
+            if taken[b.start]
+        ]
+        starts = np.cumsum([0, *self.trees])[:-1]
+        return PackedRow(blocks, [n for n, at in zip(self.trees, starts, strict=True) if taken[at]])
+
     def _map(self, change) -> "PackedRow":
         blocks = [b if b.mask is None else replace(b, mask=change(b.mask)) for b in self.blocks]
         return PackedRow(blocks, self.trees)

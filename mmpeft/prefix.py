@@ -318,9 +318,10 @@ class SharedPrompts:
             **inputs, next_sequence_length=ids.shape[1] - behind, is_first_iteration=True,
             position_ids=_positions(mask), use_cache=True,
         )  # fmt: skip
-        # the gate asks for the whole rows, whose pictures may still be to come
-        sees = torch.tensor([[bool(p.pictures)] for p in prompts], device=self.model.device)
-        step["adapter_mask"] = None if self.model.config.gate == "none" else sees
+        if self.model.config.gate == "sample":
+            # it asks for the whole rows, whose pictures may still be to come
+            sees = [[bool(p.pictures)] for p in prompts]
+            step["adapter_mask"] = torch.tensor(sees, device=self.model.device)
         self.model(**step, logits_to_keep=1)
         return Start(inputs["past_key_values"], ids, inputs["mm_token_type_ids"], mask)
 

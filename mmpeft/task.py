@@ -7,9 +7,22 @@ line.
 
 import re
 import string
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+
+class Metric(NamedTuple):
+    """A score of many replies.
+
+    Attributes:
+        rows: a number for each reply, or several that ``of`` needs.
+        of: from the rows, an array ``(n,)`` or ``(n, k)``, any of them and any number of times, to
+            the score; by default their mean.
+    """
+
+    rows: Sequence
+    of: Callable = lambda rows: rows.mean()
 
 
 @dataclass
@@ -44,11 +57,19 @@ class Task:
         return "all"
 
     def score(self, replies: list[str], rows: Sequence[dict]) -> list[float]:
-        """1.0 where the reply is right; by default, where it equals the reference answer."""
+        """Each reply from 0.0 to 1.0: it is right; by default, it equals the reference answer."""
         return [
             float(normalize(reply) == normalize(words(self.messages(row)[-1])))
             for reply, row in zip(replies, rows, strict=True)
         ]
+
+    def metrics(self, replies: list[str], rows: Sequence[dict]) -> dict[str, Metric]:
+        """What ``mmpeft eval`` reports, the metric that stands for the task first.
+
+        By default ``accuracy``, the mean score. A task whose score is no share of right replies
+        names it otherwise.
+        """
+        return {"accuracy": Metric(self.score(replies, rows))}
 
 
 def parts(message: dict) -> list[dict]:

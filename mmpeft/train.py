@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from mmpeft import adapters, checkpoint, feature_cache
+from mmpeft import adapters, checkpoint, starts, text_kl
+from mmpeft.adapter_steps import AdapterSteps, steps_of
 from mmpeft.calibration import calibrate
 from mmpeft.config import STAGES, RunConfig, load
 from mmpeft.data import Collator, ConversationDataset
+from mmpeft.feature_cache import FlushFeatures
+from mmpeft.feature_setup import prepare
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.processing import BridgeProcessor
 from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
@@ -50,7 +53,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
     collator = Collator(processor.tokenizer.pad_token_id, packing, config.speed.pad_to_multiple_of)
     data = TrainingData.load(model, processor, config)
     place_encoder(model, config)
-    cache = feature_cache.prepare(model, processor, config, data.sources)
+    cache = prepare(model, processor, config, data.sources)
     if config.model.start_from is None:  # else it brings its statistics
         calibrate(model, data.align, cache=cache)
     watch = watch_retention(model, data.vision, config)
@@ -61,9 +64,15 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
     for stage in stages:
         last = stage == stages[-1]
         final = run / "checkpoint" if last else run / "stages" / stage / "final"
+        if stage == "instruct" and config.model.rank == "auto":
+            from mmpeft.rank import settle_rank
+
+            settle_rank(model, data.vision, collator, config, cache)
         if final.exists():
             checkpoint.load_trained(model, final)
             continue
+        if stage == "instruct":
+            starts.start_from_data(model, config, data, cache)
         folder = run / "stages" / stage
         # stage align trains the connector alone, which text never meets
         rows, watching = (data.align, callbacks) if stage == "align" else (data.instruct, also)
@@ -111,6 +120,8 @@ def build(config: RunConfig):
             resolution=parts.resolution,
         )  # fmt: skip
     print(f"images: {model.layout}", file=sys.stderr)
+    text_kl.check(config, model.config.gate)
+    starts.check(config)
     for stage in (name for name in STAGES if getattr(config, name) is not None):
         adapters.set_trainable(model, **config.trained_parts(stage))
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -160,7 +171,13 @@ def train_stage(
         callback.trainer = trainer  # to log through
     if cache is not None:
         trainer.feature_cache = cache
-        trainer.add_callback(feature_cache.FlushFeatures(cache))
+        trainer.add_callback(FlushFeatures(cache))
+    steps = steps_of(model.language_model)
+    if steps is not None and config.trained_parts(stage)["adapter"]:
+        trainer.adapter_steps = steps
+        trainer.add_callback(AdapterSteps(steps))
+    if arguments.kl_weight:
+        trainer.text_kl = model.text_kl = text_kl.TextKL(arguments.kl_weight)
     trainer.compiled = compile_layers(
         model, config.speed.compile, trainer.total_steps(), arguments.device
     )
@@ -170,6 +187,7 @@ def train_stage(
                 resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None
             )
     finally:
+        model.text_kl = None
         if cache is not None:
             cache.flush()
 
@@ -186,19 +204,25 @@ def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
     )  # fmt: skip
 
 
+def total_steps(arguments, samples: int) -> int:
+    """Optimizer steps of a stage on so many samples."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return math.ceil(samples * arguments.num_train_epochs / (batch * arguments.world_size))
+
+
 class BridgeTrainer(Trainer):
     """Trainer whose checkpoints hold what trains, and which has a learning rate per part."""
 
     compiled = False
     feature_cache = None  # looks up, or makes, what the frozen encoder would
+    adapter_steps = None  # what a PEFT method does besides being trained
+    text_kl = None  # the KL to the base on text
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole stage."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        samples = len(self.train_dataset) * self.args.num_train_epochs
-        return math.ceil(samples / (batch * self.args.world_size))
+        return total_steps(self.args, len(self.train_dataset))
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -207,6 +231,30 @@ class BridgeTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         with compiled(self.model, self.compiled):
             return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.adapter_steps is not None:
+            penalty = self.adapter_steps.penalty(self.model, inputs)
+            if penalty is not None:  # once a step, however many micro-batches it has
+                loss = loss + penalty / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.text_kl is not None:  # counted as transformers counts ``items``
+            positions = torch.tensor(self.text_kl.count(samples), device=device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                positions = self.accelerator.gather(positions).sum()
+            self.text_kl.positions = int(positions)
+        return samples, items
+
+    def log(self, logs, start_time=None):
+        if self.text_kl is not None and "loss" in logs:
+            nats, positions = self.accelerator.reduce(self.text_kl.take().to(self.args.device))
+            if positions:
+                logs["kl_to_base"] = (nats / positions).item()
+        super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         groups = [

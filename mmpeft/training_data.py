@@ -54,4 +54,29 @@ class TrainingData:
         read = [align] if config.align is not None else []
         read += [vision, replay] if config.instruct is not None else []
         sources = {id(found): found for found in read if found is not None}
-        return cls(vision, align, replay, instruct, list(sources.values()))
+        loaded = cls(vision, align, replay, instruct, list(sources.values()))
+        refuse_idle_parts(loaded, config, model.config.gate)
+        return loaded
+
+
+def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:
+    """Refuse a stage in which something trains that only pictures reach, where no row has one.
+
+    A task of text alone trains the adapter, everywhere; the vision parts then stay as they are.
+
+    Raises:
+        ValueError: it would train the connector, or the adapter behind a gate that never opens.
+    """
+    for stage, rows in (("align", data.align), ("instruct", data.vision)):
+        if getattr(config, stage) is None or any(rows.pictures(i)[0] for i in range(len(rows))):
+            continue
+        none = f"no row of task {rows.task.name} has a picture"
+        if stage == "align":
+            raise ValueError(f"stage align trains the connector, but {none}; set align to null.")
+        if config.trained_parts(stage)["connector"]:
+            raise ValueError(
+                f"stage instruct trains the connector, but {none}; set instruct.freeze_connector: "
+                "true."
+            )
+        if gate != "none":
+            raise ValueError(f"gate {gate} opens at pictures, but {none}; set model.gate: none.")

@@ -79,13 +79,15 @@ def test_reports_can_be_read_and_drawn(tmp_path):
         },
         "samples_per_second": names, "supervised_tokens_per_second": names,
         "first_epoch_seconds": names, "peak_memory_gb": names, "memory_ratio": 0.5,
-        "last_epoch_loss": names, "loss_gap": -1.0, "loss_gap_of_a_seed": 0.5,
+        "loss_by_seed": {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 2.0]},
         "body": {"positions": 320, "flops": 1e11, "share": 0.5, "ceiling": 2e11, "shapes": 2e11},
         "levers": [{"name": "packing", "ratio": 1.25, "alone": 1.5}],
         "losses": {name: [3.0, 2.0, 1.0, 0.5] for name in names},
         "epoch_seconds": {name: [1.0, 0.5] for name in names},
     }  # fmt: skip
+    report |= train.loss_gap(report["loss_by_seed"])
     text = train.render(report)
+    assert "+0.3333 (standard error 0.8819)" in text  # of -1, 0 and 2
     assert "4.00x" in text and "1.25x" in text and "50% of the machine's 200" in text
     train.draw(report, tmp_path / "train.png")
     report = {
@@ -99,7 +101,7 @@ def test_reports_can_be_read_and_drawn(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"train.png", "scaling.png"}
 
 
-@pytest.mark.parametrize("name", ["", "train", "scaling", "eval", "retain"])
+@pytest.mark.parametrize("name", ["", "train", "scaling", "aids", "eval", "retain"])
 def test_every_benchmark_tells_how_to_run_it(name):
     command = [sys.executable, "-m", "benchmarks", *([name] if name else []), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -110,7 +112,7 @@ def test_an_unknown_benchmark_names_those_there_are():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "tran"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode and "train, scaling, eval, retain" in done.stderr
+    assert done.returncode and "train, scaling, aids, eval, retain" in done.stderr
 
 
 def test_a_part_of_the_data_has_every_question_of_its_pictures(starter_path, tmp_path):

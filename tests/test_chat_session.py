@@ -56,6 +56,16 @@ def test_a_picture_opens_the_gate_for_the_words_before_it(session, images):
     assert base == alone(session, turns, "base LLM", 16) and figures.reused_tokens == 0
 
 
+def test_what_stands_before_a_picture_stays_in_the_cache(make_bridge, images):
+    session = ChatSession(*make_bridge("after_image"))
+    turns = [user("hello")]
+    first, _ = reply(session, turns, "bridge", 16)
+    turns += [assistant(first), user(images[0], "what?")]
+    second, figures = reply(session, turns, "bridge", 16)
+    assert second == alone(session, turns, "bridge", 16)
+    assert figures.reused_tokens > 0
+
+
 def test_another_picture_and_another_question_share_what_stands_before(session, images):
     reply(session, [user("see ", images[0], "what?")], "bridge", 8)
     for turns in (

@@ -68,7 +68,9 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(run, capsys, arguments, messa
     assert last.startswith("mmpeft: error: ") and message in last
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "retain", "replay", "ask", "chat", "starter"])
+@pytest.mark.parametrize(
+    "name", ["train", "compare", "eval", "retain", "replay", "ask", "chat", "starter"]
+)
 def test_help_teaches(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

@@ -182,7 +182,8 @@ def test_a_picture_that_cannot_be_read_is_named(tiny, images, tmp_path, sharing)
 def test_a_missing_train_split_is_found_before_any_reply(seen, jsonl):
     from mmpeft.tasks.messages import Messages
 
-    task = Messages(test=str(jsonl([{"messages": [user("q"), assistant("a")]}])))
+    question = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    task = Messages(test=str(jsonl([{"messages": [question, assistant("a")]}])))
     with pytest.raises(ValueError, match="has no train file"):
         e.evaluate(None, None, task)
     assert not seen

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmpeft import cli, feature_cache, feature_store
+from mmpeft import cli, feature_cache, feature_fill, feature_setup, feature_store
 from mmpeft.calibration import calibrate
 from mmpeft.connectors.qformer import QFormerConnectorConfig
 from mmpeft.data import Collator, ConversationDataset
@@ -364,8 +364,8 @@ def test_what_fits_is_kept(recipe, encoded, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("encoding", "reading"), [(2e-3, 1e-3), (1e-3, 2e-3)])
 def test_auto_takes_what_is_quicker(recipe, capsys, monkeypatch, encoding, reading):
-    monkeypatch.setattr(feature_cache, "_seconds_to_encode", lambda *_: encoding)
-    monkeypatch.setattr(feature_cache, "_seconds_to_read", lambda *_: reading)
+    monkeypatch.setattr(feature_setup, "_seconds_to_encode", lambda *_: encoding)
+    monkeypatch.setattr(feature_setup, "_seconds_to_read", lambda *_: reading)
     run = cached(recipe, cache="auto")
     errors = capsys.readouterr().err
     if encoding > reading:
@@ -418,7 +418,7 @@ def test_augmentation_reaches_the_encoder_and_turns_the_cache_off(recipe, capsys
     with pytest.raises(ValueError, match="feature_cache is on, but data.augmentation"):
         cached(recipe, *FLIP, name="on")
     with pytest.raises(ValueError, match="there is nothing to keep"):
-        feature_cache.fill(recipe, FLIP)
+        feature_fill.fill(recipe, FLIP)
     with pytest.raises(ValueError, match="unknown class 'RandomHorizontalFlop'.*Flip"):
         cached(recipe, FLIP[0], FLIP[1].replace("Flip", "Flop"), name="on")
 
@@ -519,7 +519,7 @@ def test_an_imported_bridge_keeps_its_own_image_processor(tmp_path, images, enco
     dataset = ConversationDataset(InMemory(rows, [None] * 2), "train", processor)
     expected = model(**Collator(0)(list(dataset))).loss
     cache = opened(model, processor, tmp_path / "features", dtype=torch.float32)
-    assert feature_cache.estimate(cache, [dataset])[0] > 0
+    assert feature_setup.estimate(cache, [dataset])[0] > 0
     dataset.store = cache.store
     for new in (2, 0):
         encoded.clear()

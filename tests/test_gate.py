@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from mmpeft.gate import gate_mask
+from mmpeft.gate import gate_behind, gate_mask
+from mmpeft.packing import Block, PackedRow
 
 from .conftest import model_inputs, user
 
@@ -105,22 +106,46 @@ def test_mask_by_hand():
     token_types = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
     assert gate_mask("none", token_types) is None
     assert gate_mask("sample", token_types).tolist() == [[True], [False]]
+    assert gate_mask("image_tokens", token_types).tolist() == [
+        [False, True, True, False],
+        [False] * 4,
+    ]
+    assert gate_mask("after_image", token_types).tolist() == [
+        [False, True, True, True],
+        [False] * 4,
+    ]
 
 
-@pytest.mark.parametrize(
-    "adapter", [
-        LoraConfig(use_dora=True, target_modules=["q_proj"]),
-        LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]),
-        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-    ])  # fmt: skip
-def test_adapters_that_cannot_be_gated_are_refused(make_bridge, adapter):
-    with pytest.raises(ValueError, match="gate 'sample' serves plain LoRA.*Use gate 'none'"):
+def test_mask_behind_a_cached_row_by_hand():
+    seen = torch.tensor([[True], [False]])
+    assert gate_behind("none", seen) is None
+    assert gate_behind("image_tokens", seen).tolist() == [[False], [False]]
+    assert gate_behind("after_image", seen).tolist() == gate_behind("sample", seen).tolist()
+    assert gate_behind("sample", seen).tolist() == [[True], [False]]
+
+
+def test_branches_that_do_not_see_an_image_stay_before_it():
+    token_types = torch.tensor([[0, 0, 1, 0]])  # a prefix, a branch with an image, one without
+    visible = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]).bool()
+    mask = gate_mask("after_image", token_types, attention_mask=visible[None, None])
+    assert mask.tolist() == [[False, False, True, False]]
+    row = PackedRow([Block(0, 1), Block(1, 2, (0, 1), visible[1:3, :3]),
+                     Block(3, 1, (0, 1), visible[3:, [0, 3]])], [4])  # fmt: skip
+    assert gate_mask("after_image", token_types, row).tolist() == mask.tolist()
+    assert gate_mask("image_tokens", token_types, row).tolist() == [[False, False, True, False]]
+
+
+def test_adapters_that_cannot_be_gated_are_refused(make_bridge):
+    adapter = LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    with pytest.raises(ValueError, match="gate 'sample' cannot be on .*mlp.* changes the weight"):
         make_bridge("sample", adapter=adapter)
     make_bridge("none", adapter=adapter)
 
 
 def test_unknown_gate_and_gate_without_adapter(make_bridge):
-    with pytest.raises(ValueError, match="gate 'smaple' is unknown; choose one of none, sample"):
+    with pytest.raises(
+        ValueError, match="gate 'smaple' is unknown; choose one of none, sample, image_"
+    ):
         make_bridge("smaple")
     with pytest.raises(ValueError, match="needs an adapter"):
         make_bridge("sample", adapter=None)

@@ -172,7 +172,7 @@ def test_a_target_that_hits_nothing_is_an_error(make_bridge):
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("bias", "lora_only"),
+    ("init_lora_weights", "lora_ga"), ("bias", "lora_only"),
     ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]), ("layer_replication", [(0, 2)]),
     ("trainable_token_indices", [1]),
 ])  # fmt: skip
@@ -184,11 +184,12 @@ def test_an_adapter_that_is_more_than_an_addition_is_refused(make_bridge, option
         make_bridge("none", adapter=adapter)
 
 
-def test_learned_prompts_are_refused(make_bridge):
-    from peft import PromptTuningConfig
+def test_prompts_that_nothing_here_stands_for_are_refused(make_bridge):
+    from peft import MultitaskPromptTuningConfig
 
-    with pytest.raises(ValueError, match="PromptTuningConfig puts learned prompts.*LoraConfig"):
-        make_bridge("none", adapter=PromptTuningConfig(num_virtual_tokens=2))
+    adapter = MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=2)
+    with pytest.raises(ValueError, match="puts prompts of its own kind.*PromptConfig"):
+        make_bridge("none", adapter=adapter)
 
 
 def test_an_adapters_config_serves_a_second_deeper_llm():

@@ -115,7 +115,8 @@ def test_contracts_import_torch_and_the_standard_library_only(contract):
 
 
 @pytest.mark.parametrize(
-    ("folder", "contract"), [("connectors", "mmpeft.connector"), ("tasks", "mmpeft.task")]
+    ("folder", "contract"),
+    [("connectors", "mmpeft.connector"), ("tasks", ("mmpeft.task", "mmpeft.text_task"))],
 )
 def test_parts_import_their_contract_and_never_each_other(folder, contract):
     for path in (ROOT / folder).glob("*.py"):

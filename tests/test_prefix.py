@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from mmpeft import prefix
 from mmpeft.chat_session import ChatSession, Figures
 from mmpeft.evaluate import draw_rows, generate_replies
+from mmpeft.gate import GATES
 from mmpeft.prefix import Gallery, Prompt, SharedPrompts
 
 from .conftest import assistant, user
@@ -51,13 +52,13 @@ def ids(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("gate", ["sample", "none"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_replies_are_those_of_each_prompt_alone(make_bridge, prompts, gate, size):
     model, processor = make_bridge(gate=gate)
     alone = generate_replies(model, processor, prompts, 6, 1, None, False)
     assert generate_replies(model, processor, prompts, 6, size, None) == alone
-    assert len(set(alone)) > 4
+    assert len(set(alone)) > 3
     with model.disable_adapter():
         base = generate_replies(model, processor, prompts, 6, 1, None, False)
         assert generate_replies(model, processor, prompts, 6, size, None) == base != alone

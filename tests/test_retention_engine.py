@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmpeft.gate import GATES
 from mmpeft.retention import score as scoring
 from mmpeft.retention.engine import SideLM, certify
 from mmpeft.retention.modes import Exchange, Mode
@@ -249,7 +250,7 @@ def seen_whole(model, processor, opening, question, gate_open=True):
     return logs.gather(1, answer[:, None]).sum().item(), bool((logs.argmax(-1) == answer).all())
 
 
-@pytest.mark.parametrize("gate", ["sample", "none"])
+@pytest.mark.parametrize("gate", GATES)
 def test_questions_behind_a_picture_equal_a_forward_of_the_whole_sequence(
     make_bridge, images, gate
 ):

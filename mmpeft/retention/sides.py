@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from mmpeft.gate import gate_behind
+
 SIDES = ("base", "bridge")
 
 
@@ -164,10 +166,8 @@ class BridgeSides(Sides):
         return dict(inputs.to(self.model.device))
 
     def options(self, rows, pictures):
-        if self.gate in (None, "none"):
-            return {}
-        shape = (rows, 1)
-        return {"adapter_mask": torch.full(shape, pictures, device=self.model.device)}
+        seen = torch.full((rows, 1), pictures, device=self.model.device)
+        return {"adapter_mask": gate_behind(self.gate, seen)}
 
 
 class AdapterSides(Sides):
@@ -186,16 +186,10 @@ class AdapterSides(Sides):
             yield self.model
 
     def identity(self, side):
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from mmpeft.adapters import adapter_parameters
 
         if self._base is None:
-            layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-            adapter = {
-                id(parameter)
-                for layer in layers
-                for name in layer.adapter_layer_names
-                for parameter in getattr(layer, name).parameters()
-            }
+            adapter = {id(parameter) for parameter in adapter_parameters(self.model)}
             frozen = {n: p for n, p in self.model.named_parameters() if id(p) not in adapter}
             self._base = hash_weights(frozen)
         if side == "base":
@@ -360,6 +354,8 @@ def adapter_state(language_model) -> dict:
     for name, layer in language_model.named_modules():
         if isinstance(layer, LoraLayer):
             state[f"{name}.scaling"] = torch.tensor(list(layer.scaling.values()))
+        if (dial := getattr(layer, "dial", 1.0)) != 1:
+            state[f"{name}.dial"] = torch.tensor(dial)
     return state
 
 

@@ -1,0 +1,162 @@
+"""One cell of a grid, as its own process: ``python -m mmpeft.compare.cell FOLDER``.
+
+FOLDER holds ``cell.yaml`` (what to measure) and ``recipe.yaml``. Each step's result is written into
+``result.json`` as soon as it is there; what is there already with the same key is not done again.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmpeft import adapters, checkpoint
+from mmpeft.cache import cache_home
+from mmpeft.compare.grid import RetainConfig, ScoreConfig, read_yaml
+from mmpeft.config import STAGES, RunConfig, from_mapping, load
+from mmpeft.evaluate import evaluate
+
+SCHEMA = "mmpeft.compare.cell/1"
+RESULT = "result.json"
+
+
+@dataclass
+class CellConfig:
+    """``cell.yaml``.
+
+    Attributes:
+        labels: the cell's label on each axis.
+        seed: of training.
+        hashes: by step, a hash of what its result depends on.
+        evaluate, retain, keep_checkpoints: as in the grid.
+    """
+
+    labels: dict[str, str]
+    seed: int
+    hashes: dict[str, str]
+    evaluate: ScoreConfig = field(default_factory=ScoreConfig)
+    retain: RetainConfig | None = None
+    keep_checkpoints: bool = True
+
+
+def run_cell(folder) -> dict:
+    """Do what the cell's result lacks.
+
+    Returns:
+        ``result.json``, see docs/json.md.
+    """
+    folder = Path(folder)
+    cell = from_mapping(CellConfig, read_yaml(folder / "cell.yaml", "cell"), folder / "cell.yaml")
+    config, _ = load(folder / "recipe.yaml", ["--output_dir", str(folder / "run")])
+    result = read_result(folder) or {"schema": SCHEMA, "hashes": {}}
+    result |= {"labels": cell.labels, "seed": cell.seed}
+    missing = [step for step, key in cell.hashes.items() if result["hashes"].get(step) != key]
+    steps = {
+        "train": lambda: train_cell(folder, config),
+        "score": lambda: score_cell(folder, config, cell.evaluate),
+        "retention": lambda: retain_cell(folder, config, cell.retain),
+    }
+    if missing and "train" not in missing and not (folder / "run" / "checkpoint").is_dir():
+        missing.insert(0, "train")  # it was not kept
+    for step in missing:
+        result[step] = steps[step]()
+        result["hashes"][step] = cell.hashes[step]
+        write_json(folder / RESULT, result)
+    if not cell.keep_checkpoints:
+        shutil.rmtree(folder / "run" / "checkpoint", ignore_errors=True)
+    return result
+
+
+def read_result(folder) -> dict | None:
+    """What a cell has so far; ``None`` is nothing."""
+    path = Path(folder) / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def train_cell(folder: Path, config: RunConfig) -> dict:
+    """Train from the start; what an interrupted process left is removed.
+
+    Returns:
+        ``trained_parameters`` of each part, ``peak_memory_bytes`` of the process up to the end of
+        training (of the device on CUDA), ``seconds`` in the training loops.
+    """
+    from mmpeft.train import train
+
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    stages = [stage for stage in STAGES if getattr(config, stage) is not None]
+    # a cell begins anew, so nothing is saved on the way
+    unsaved = [word for stage in stages for word in (f"--{stage}.save_strategy", "no")]
+    train(folder / "recipe.yaml", ["--output_dir", str(run), *unsaved])
+    memory = peak_memory()
+    shutil.rmtree(run / "stages", ignore_errors=True)
+    logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    model, _ = checkpoint.load(run, is_trainable=True)
+    adapters.set_trainable(model, **config.trained_parts(stages[-1]))
+    parts = {row.part: row.trained for row in adapters.freeze_plan(model)}
+    return {
+        "trained_parameters": {part: parts[part] for part in ("connector", "adapter")},
+        "peak_memory_bytes": memory,
+        "seconds": sum(row.get("train_runtime", 0) for row in logged),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process, or on CUDA its tensors on the device, held at a time."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss may be that of the process that started this one
+        line = next(text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def score_cell(folder: Path, config: RunConfig, settings: ScoreConfig) -> dict:
+    """The report of ``mmpeft eval``; every row with its reply is kept as ``items.jsonl``."""
+    model, processor = checkpoint.load(folder / "run")
+    report, items = evaluate(
+        model, processor, settings.task or config.data.task, samples=settings.samples,
+        seed=settings.seed, batch_size=settings.batch_size,
+    )  # fmt: skip
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (folder / "items.jsonl").write_text(lines)
+    return {key: report[key] for key in ("task", "n", "metrics")}
+
+
+def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict:
+    """The report of ``mmpeft retain``, kept in ``retain/``, and the pooled difference per mode."""
+    from mmpeft.retention import retain_run
+
+    if config.model.adapter is None and config.model.start_from is None:
+        return dict.fromkeys(settings.modes)  # there is no tuned LLM to compare with its base
+    report = retain_run(
+        folder / "run", config.data.task, suite=settings.suite, modes=settings.modes,
+        suite_folder=settings.include_path, data_dir=settings.data_dir, samples=settings.samples,
+        seed=settings.seed, margin=settings.margin, output=folder / "retain",
+        cache=cache_home() / "retention",
+    )  # fmt: skip
+    kept = ("delta", "ci95", "base", "n", "exact", "verdict")
+    return {
+        mode: body["overall"] and {key: body["overall"][key] for key in kept}
+        for mode, body in report["modes"].items()
+    }
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        run_cell(sys.argv[1])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

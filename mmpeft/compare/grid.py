@@ -1,0 +1,248 @@
+"""A grid: a recipe, what varies in it, and what is measured of every cell."""
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpeft.config import RunConfig, did_you_mean, from_mapping
+from mmpeft.task import Task
+
+LABEL = re.compile(r"[\w.%+=-]+")
+
+
+@dataclass
+class ScoreConfig:
+    """How a cell is scored.
+
+    Attributes:
+        task: the task whose test split is asked; null is that of the recipe.
+        samples: rows, drawn with ``seed``, the same in every cell; null takes all.
+        seed: draws the rows.
+        batch_size: rows at a time.
+        metric: of several that the task has, the one that figures show; null is the first.
+    """
+
+    task: Task | None = None
+    samples: int | None = 500
+    seed: int = 0
+    batch_size: int = 64
+    metric: str | None = None
+
+    def __post_init__(self):
+        for name in ("samples", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"evaluate.{name} is {value}; it must be 1 or more.")
+
+
+@dataclass
+class RetainConfig:
+    """How the text skills of a cell are measured, see ``mmpeft retain``.
+
+    Attributes:
+        suite: lm-eval group or task.
+        include_path: folder of further lm-eval YAML files.
+        data_dir: data of suite standard_local.
+        samples: items of each text task; null takes all.
+        modes: text, with_image, after_image.
+        seed: draws items and image prompts.
+        margin: loss that still counts as retained, as a share.
+    """
+
+    suite: str = "embedded"
+    include_path: str | None = None
+    data_dir: str | None = None
+    samples: int | None = None
+    modes: list[Literal["text", "with_image", "after_image"]] = field(
+        default_factory=lambda: ["text", "after_image"]
+    )
+    seed: int = 0
+    margin: float = 0.02
+
+
+@dataclass
+class GridConfig:
+    """What is compared.
+
+    Attributes:
+        recipe: the YAML recipe that cells differ from; relative to the grid's file.
+        axes: by name of the axis and label on it the keys of the recipe that are set, for example
+            ``{rank: {4: {model.rank: 4}, 16: {model.rank: 16}}}``. A key's value is replaced as a
+            whole; axes are applied in their order. A label may be null: the recipe as it is.
+        overrides: keys set in every cell, before those of the axes.
+        seeds: every combination of labels is run once with each.
+        only: combinations to run, for example ``[{method: [lora, dora]}, {method: ia3, rank: 4}]``;
+            one that fits any of them is. null runs all.
+        exclude: combinations to leave out, written likewise.
+        evaluate: how a cell is scored.
+        retain: how its text skills are measured; null does not.
+        keep_checkpoints: keep what was trained; false keeps results and replies alone.
+        output_dir: folder of the cells and the table.
+    """
+
+    recipe: str
+    axes: dict[str, Any]
+    output_dir: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    only: list[dict[str, Any]] | None = None
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    evaluate: ScoreConfig = field(default_factory=ScoreConfig)
+    retain: RetainConfig | None = None
+    keep_checkpoints: bool = True
+
+    def __post_init__(self):
+        if not self.axes:
+            raise ValueError("axes is empty; name at least one, with its labels.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; name at least one, and each once.")
+        self.axes = {name: _labels(name, found) for name, found in self.axes.items()}
+        for key, value in (("only", self.only or []), ("exclude", self.exclude)):
+            for rule in value:
+                for axis, labels in rule.items():
+                    _known(f"{key}: axis", axis, self.axes)
+                    for label in _listed(labels):
+                        _known(f"{key}: {axis}", label, self.axes[axis])
+
+
+@dataclass
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        labels: the cell's label on each axis.
+        recipe: the whole recipe, as a mapping, but for ``output_dir``.
+        hashes: by step (train, score, retention) a hash of all that its result depends on.
+    """
+
+    labels: dict[str, str]
+    seed: int
+    recipe: dict
+    hashes: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """``lora,16,seed0``: also the name of its folder."""
+        return ",".join([*self.labels.values(), f"seed{self.seed}"])
+
+
+SECTIONS = {"evaluate.": ScoreConfig, "retain.": RetainConfig, "": GridConfig}
+
+
+def load_grid(path) -> tuple[GridConfig, dict, list[Cell]]:
+    """Read a grid and check the recipe of every cell.
+
+    Returns:
+        the grid, its sections as they were written, and its cells, a whole seed after the other.
+
+    Raises:
+        FileNotFoundError: no such grid, or no such recipe.
+        ValueError: an unknown key, axis or label, a cell whose recipe is refused, or no cell at
+            all; one line.
+    """
+    path = Path(path)
+    raw = read_yaml(path, "grid")
+    grid = from_mapping(GridConfig, raw, path, SECTIONS)
+    base = read_yaml(path.parent / grid.recipe, f"{path}: recipe")
+    cells = []
+    for number, seed in enumerate(grid.seeds):
+        for labels in combinations(grid):
+            sets = [grid.overrides, *(grid.axes[axis][label] for axis, label in labels.items())]
+            recipe = copy.deepcopy(base)
+            for key, value in (pair for one in sets for pair in one.items()):
+                put(recipe, key, value, path)
+            recipe |= {"seed": seed, "output_dir": "run"}
+            cell = Cell(labels, seed, recipe, step_hashes(recipe, raw))
+            if number == 0:  # seeds make no difference to whether it can be read
+                from_mapping(RunConfig, recipe, f"{path}: {','.join(labels.values())}")
+            cells.append(cell)
+    if not cells:
+        raise ValueError(f"{path}: only and exclude leave no cell to run.")
+    return grid, raw, cells
+
+
+def combinations(grid: GridConfig) -> list[dict[str, str]]:
+    """The label on each axis of every combination to run."""
+
+    def fits(labels, rule):
+        return all(labels[axis] in _listed(wanted) for axis, wanted in rule.items())
+
+    every = itertools.product(*grid.axes.values())
+    every = [dict(zip(grid.axes, labels, strict=True)) for labels in every]
+    return [
+        labels for labels in every
+        if (grid.only is None or any(fits(labels, rule) for rule in grid.only))
+        and not any(fits(labels, rule) for rule in grid.exclude)
+    ]  # fmt: skip
+
+
+def put(recipe: dict, key: str, value, where) -> None:
+    """Set a dotted key in place; sections that are not there are made."""
+    *sections, last = key.split(".")
+    at = recipe
+    for section in sections:
+        if at.get(section) is None:
+            at[section] = {}
+        at = at[section]
+        if not isinstance(at, dict):
+            raise ValueError(f"{where}: {key} cannot be set, {section} is {at!r} in the recipe.")
+    at[last] = copy.deepcopy(value)
+
+
+def step_hashes(recipe: dict, raw: dict) -> dict[str, str]:
+    """What the result of each step depends on, hashed. No retention, no key for it."""
+    train = _hash(recipe)
+    shown_only = {"metric", "batch_size"}
+    score = {k: v for k, v in (raw.get("evaluate") or {}).items() if k not in shown_only}
+    keys = {"train": train, "score": _hash([train, score])}
+    if raw.get("retain") is not None:
+        keys["retention"] = _hash([train, raw["retain"]])
+    return keys
+
+
+def read_yaml(path, what: str) -> dict:
+    """A YAML file as recipes are read: ``1e-3`` is a number."""
+    from jsonargparse import get_loader
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what} {path} does not exist.")
+    try:
+        found = get_loader("yaml")(Path(path).read_text())
+    except Exception as error:  # of whichever YAML library is behind it
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no keys.")
+    return found
+
+
+def _hash(value) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _labels(axis: str, found) -> dict[str, dict]:
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"axes.{axis} is {found!r}; give labels and the keys each sets.")
+    named = {}
+    for label, keys in found.items():
+        if not LABEL.fullmatch(str(label)):
+            raise ValueError(
+                f"axes.{axis}: label {label!r} names a folder; use letters, digits and _.%+=- only."
+            )
+        if not isinstance(keys, dict | None):
+            raise ValueError(f"axes.{axis}.{label} is {keys!r}; give keys of the recipe, or null.")
+        named[str(label)] = keys or {}
+    return named
+
+
+def _listed(labels) -> list[str]:
+    return [str(label) for label in (labels if isinstance(labels, list) else [labels])]
+
+
+def _known(where: str, name: str, known) -> None:
+    if name not in known:
+        raise ValueError(f"{where} {name!r} is not in axes.{did_you_mean(name, list(known))}")

@@ -1,0 +1,177 @@
+"""Start the cells that are missing, one process after the other, and keep the table."""
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmpeft.compare.cell import RESULT, read_result, write_json
+from mmpeft.compare.figures import draw_front, draw_ranks
+from mmpeft.compare.grid import Cell, load_grid, read_yaml
+from mmpeft.compare.table import as_csv, as_markdown, pool
+
+GRID = "grid.json"
+SHOWN = 3  # changed cells that an error names
+
+
+def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
+    """Run what is missing of a grid, and write its table and figures.
+
+    Args:
+        path: the grid's YAML file.
+        output_dir: instead of the grid's own.
+        redo: run cells anew that were run with another configuration.
+
+    Returns:
+        the report, see docs/json.md; it stands in the folder as ``compare.json``.
+
+    Raises:
+        ValueError: a mistake in the grid, or cells in the folder of another configuration.
+    """
+    grid, raw, cells = load_grid(path)
+    folder = Path(output_dir or grid.output_dir)
+    sections = {key: raw[key] for key in ("evaluate", "retain") if raw.get(key) is not None}
+    sections["keep_checkpoints"] = grid.keep_checkpoints
+    if not redo:
+        refuse_changed(folder, cells, sections, path)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    write_json(folder / GRID, {
+        "grid": str(path), "recipe": grid.recipe, "seeds": grid.seeds,
+        "metric": grid.evaluate.metric,
+        "axes": {axis: list(labels) for axis, labels in grid.axes.items()},
+        "cells": [{"name": c.name, "labels": c.labels, "seed": c.seed, "hashes": c.hashes}
+                  for c in cells],
+    })  # fmt: skip
+    names = {cell.name for cell in cells}
+    if others := [one.name for one in (folder / "cells").iterdir() if one.name not in names]:
+        print(f"{folder}: {len(others)} cells are not in this grid and left out", file=sys.stderr)
+    left = [cell for cell in cells if not is_complete(place(folder, cell.name), cell.hashes)]
+    with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
+        for cell in left:
+            bar.set_description(cell.name)
+            if problem := run_one(folder, cell, sections):
+                bar.write(f"{cell.name}: {problem}", file=sys.stderr)
+            bar.update()
+    return redraw(folder)
+
+
+def redraw(folder) -> dict:
+    """Write table and figures of what the folder of a grid holds, and return the report."""
+    folder = Path(folder)
+    if not (folder / GRID).is_file():
+        raise FileNotFoundError(f"{folder} is no folder of mmpeft compare: it has no {GRID}.")
+    grid = json.loads((folder / GRID).read_text())
+    results, failures, missing = [], [], []
+    for cell in grid["cells"]:
+        own = place(folder, cell["name"])
+        log = own / "log.txt"
+        if is_complete(own, cell["hashes"]):
+            results.append(read_result(own))
+        elif log.is_file():
+            failures.append({"cell": cell["name"], "error": last_line(log), "log": str(log)})
+        else:
+            missing.append(cell["name"])
+    report = pool(grid, results, failures, missing)
+    write_json(folder / "compare.json", report)
+    for name, text in (("table.md", as_markdown(report)), ("table.csv", as_csv(report))):
+        (folder / name).write_text(text)
+    for name, draw in (("front.png", draw_front), ("rank.png", draw_ranks)):
+        (folder / name).unlink(missing_ok=True)
+        draw(report, folder / name)
+    return report
+
+
+def run_one(folder: Path, cell: Cell, sections: dict) -> str | None:
+    """Run one cell; what went wrong, in one line."""
+    own = place(folder, cell.name)
+    own.mkdir(exist_ok=True)
+    with held(own) as lock:
+        if lock is None:
+            return "another process is at work on it"
+        if is_complete(own, cell.hashes):  # by another process, in the meantime
+            return None
+        about = {"labels": cell.labels, "seed": cell.seed, "hashes": cell.hashes, **sections}
+        for name, content in (("cell.yaml", about), ("recipe.yaml", cell.recipe)):
+            # JSON is YAML, and says of every word that it is none of YAML's numbers
+            (own / name).write_text(json.dumps(content, indent=2) + "\n")
+        with (own / "log.txt").open("w") as log:
+            code = start(own, log, lock)
+            if code < 0:
+                log.write(f"\nkilled by {signal.Signals(-code).name}\n")
+    return None if code == 0 else f"{last_line(own / 'log.txt')} ({own / 'log.txt'})"
+
+
+def start(own: Path, log, lock: int) -> int:
+    """The exit code of a cell's process, which holds the lock too."""
+    command = [sys.executable, "-m", "mmpeft.compare.cell", str(own)]
+    return subprocess.run(command, stdout=log, stderr=log, pass_fds=[lock]).returncode
+
+
+def refuse_changed(folder: Path, cells: list[Cell], sections: dict, path) -> None:
+    """Refuse to run cells anew that have results of another configuration, saying what differs."""
+    changed = []
+    for cell in cells:
+        own = place(folder, cell.name)
+        done = (read_result(own) or {"hashes": {}})["hashes"]
+        if any(done.get(step, key) != key for step, key in cell.hashes.items()):
+            was = read_yaml(own / "recipe.yaml", "recipe") | {
+                key: value for key, value in read_yaml(own / "cell.yaml", "cell").items()
+                if key in ("evaluate", "retain")
+            }  # fmt: skip
+            now = cell.recipe | {k: v for k, v in sections.items() if k != "keep_checkpoints"}
+            changed.append(f"{cell.name} ({differences(was, now)})")
+    if changed:
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        raise ValueError(
+            f"{path}: {folder} holds results of another configuration: "
+            f"{'; '.join(changed[:SHOWN])}{more}. Run these anew with --redo, or choose another "
+            "--output_dir."
+        )
+
+
+def differences(was: dict, now: dict) -> str:
+    """``instruct.max_steps: 5 -> 8, ...``"""
+    before, after = flat(was), flat(now)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys)
+
+
+def flat(value, prefix: str = "") -> dict:
+    """Nested mappings by dotted key."""
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {k: v for key, one in value.items() for k, v in flat(one, f"{prefix}{key}.").items()}
+
+
+def place(folder: Path, name: str) -> Path:
+    return folder / "cells" / name
+
+
+def is_complete(own: Path, hashes: dict) -> bool:
+    """Whether every step has a result of this configuration."""
+    result = read_result(own) if (own / RESULT).is_file() else None
+    return result is not None and all(result["hashes"].get(s) == key for s, key in hashes.items())
+
+
+@contextmanager
+def held(own: Path):
+    """The number of an open file that locks the cell's folder, for its process too, or ``None``."""
+    import fcntl
+
+    with (own / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file.fileno()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; progress bars count as lines."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "no word in its log")

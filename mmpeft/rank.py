@@ -1,0 +1,210 @@
+"""``model.rank: auto``: the rank that a task needs, found by successive halving.
+
+All candidates start from the same connector, data order and seed. They train for a few steps, the
+better half by validation loss goes on for as many steps again and more, and so on (K. Jamieson, A.
+Talwalkar 2016, arXiv 1502.07943). Of those trained longest, the smallest is chosen whose loss lies
+within one standard error of the best: the one-standard-error rule (L. Breiman et al.,
+"Classification and Regression Trees", 1984, section 3.4.3), here on losses paired by sample. From
+half of the steps on the search also ends where all that are left are so close.
+
+The validation samples are held out of the search alone: stage instruct learns from them later.
+"""
+
+import copy
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from transformers import SchedulerType, TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from mmpeft.config import RunConfig, of_rank
+from mmpeft.data import ConversationDataset, Samples, hold_out, row_groups
+from mmpeft.retention.sides import evaluation
+from mmpeft.train import total_steps, train_stage
+
+SCHEMA = "mmpeft.rank/1"
+FILE = "rank_search.json"
+SHARE = 4  # the search's longest training is this part of the stage's
+
+
+def settle_rank(model, dataset: ConversationDataset, collator, config: RunConfig, cache) -> None:
+    """Put an untrained adapter of the rank that the task needs on ``model``.
+
+    A rank once found is kept in the run folder as ``rank_search.json`` (see docs/json.md), and not
+    looked for again.
+
+    Args:
+        dataset: what stage instruct learns from, without replay.
+    """
+    kept = Path(config.output_dir) / FILE
+    if not kept.is_file():
+        report = search(model, dataset, collator, config, cache)
+        partial = kept.with_name(FILE + ".partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.rename(kept)
+        print(render(report), file=sys.stderr)
+    rank = json.loads(kept.read_text())["rank"]
+    set_seed(config.seed)
+    model.replace_adapter(of_rank(config.model.adapter, rank))
+
+
+def search(model, dataset, collator, config: RunConfig, cache) -> dict:
+    """Train the candidates, and say which rank to take and why; the connector is left as it was."""
+    settings, work = config.rank_search, Path(config.output_dir) / "rank_search"
+    shutil.rmtree(work, ignore_errors=True)  # of a search that was interrupted
+    learned, held_out = split(dataset, config)
+    whole = total_steps(config.instruct, len(dataset))
+    steps = settings.steps or max(2, whole // SHARE)
+    start = {key: value.clone() for key, value in model.connector.state_dict().items()}
+    left, rungs, ladder = sorted(set(settings.candidates)), [], rung_steps(settings, steps)
+    for number, until in enumerate(ladder):
+        losses, seconds = {}, {}
+        for rank in left:
+            began = time.perf_counter()
+            own = candidate(config, rank, until, steps)
+            set_seed(config.seed)
+            model.connector.load_state_dict(start)
+            model.replace_adapter(own.model.adapter)
+            watch = ValidationLoss(held_out)
+            train_stage(
+                model, learned, collator, own, "instruct", work / f"r{rank}/stages/instruct",
+                resume=number > 0, cache=cache, callbacks=[watch],
+            )  # fmt: skip
+            losses[rank], seconds[rank] = watch.losses, time.perf_counter() - began
+        rungs.append(rung(until, losses, seconds))
+        near = [row["rank"] for row in rungs[-1]["tried"] if row["within_noise"]]
+        if until == ladder[-1] or (len(near) == len(left) and 2 * until >= steps):
+            break
+        left = rungs[-1]["kept"] = better_half(losses)
+    model.connector.load_state_dict(start)
+    shutil.rmtree(work, ignore_errors=True)
+    best = min(rungs[-1]["tried"], key=lambda row: row["loss"])["rank"]
+    spent = sum(
+        (r["steps"] - before) * len(r["tried"])
+        for r, before in zip(rungs, [0, *(r["steps"] for r in rungs)], strict=False)
+    )
+    return {
+        "schema": SCHEMA,
+        "rank": min(near),
+        "best": best,
+        "reason": reason(min(near), best, near, len(rungs[-1]["tried"])),
+        "candidates": sorted(set(settings.candidates)),
+        "validation_samples": len(held_out),
+        "rungs": rungs,
+        "steps": spent,
+        "seconds": sum(row["seconds"] for r in rungs for row in r["tried"]),
+        "share_of_stage": spent / whole,
+    }
+
+
+def split(dataset: ConversationDataset, config: RunConfig) -> tuple:
+    """What the search learns from and what it is judged by; no group lies in both."""
+    size, already = config.data.chats_per_sample, dataset.held_out
+    count = config.rank_search.validation * size + len(already)
+    drawn = hold_out(dataset.task, dataset.rows, count, config.seed)
+    every = np.arange(len(dataset.rows))
+    groups = every if size == 1 else row_groups(dataset.task, dataset.rows)
+    learned, held_out = copy.copy(dataset), copy.copy(dataset)
+    learned.samples = Samples(groups, size, drawn)
+    others = np.setdiff1d(every, np.setdiff1d(drawn, already))
+    held_out.samples, held_out.augment = Samples(groups, size, others.tolist()), None
+    return learned, held_out
+
+
+def rung_steps(settings, steps: int) -> list[int]:
+    """Steps from the start at which halves are dropped: doubling up to ``steps``."""
+    halvings = max(1, math.ceil(math.log2(len(set(settings.candidates)))))
+    return sorted({max(1, steps // 2**i) for i in range(halvings)})
+
+
+def candidate(config: RunConfig, rank: int, until: int, steps: int) -> RunConfig:
+    """The run's configuration for a part of one candidate's training.
+
+    Its learning rate is constant after warm-up, so that it does not depend on where a part ends.
+    """
+    own = copy.copy(config)
+    own.model, own.instruct, own.speed = map(
+        copy.copy, (config.model, config.instruct, config.speed)
+    )
+    own.model.adapter = of_rank(config.model.adapter, rank)
+    own.speed.compile = "off"
+    stage = own.instruct
+    stage.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+    stage.warmup_steps = min(stage.get_warmup_steps(steps), max(1, steps // 10))
+    stage.max_steps = stage.save_steps = until
+    stage.save_strategy, stage.save_total_limit = SaveStrategy.STEPS, 1
+    return own
+
+
+class ValidationLoss(TrainerCallback):
+    """At the end of training, the loss of each sample: nats a token, ``(samples,)``."""
+
+    def __init__(self, dataset: ConversationDataset):
+        self.dataset = dataset
+        self.trainer = self.losses = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        with evaluation(trainer.model), trainer.compute_loss_context_manager():
+            batches = (trainer.data_collator([sample]) for sample in self.dataset)
+            losses = [trainer.model(**trainer._prepare_inputs(batch)).loss for batch in batches]
+            self.losses = np.array([loss.item() for loss in losses])
+
+
+def rung(steps: int, losses: dict[int, np.ndarray], seconds: dict[int, float]) -> dict:
+    """What was measured at one number of steps; ``losses`` by rank, on the same samples."""
+    best = min(losses, key=lambda rank: losses[rank].mean())
+    tried = []
+    for rank, own in losses.items():
+        behind = own - losses[best]
+        error = float(behind.std(ddof=1) / math.sqrt(len(behind)))
+        tried.append({
+            "rank": rank, "loss": float(own.mean()), "behind": float(behind.mean()),
+            "standard_error": error, "within_noise": bool(behind.mean() <= error),
+            "seconds": seconds[rank],
+        })  # fmt: skip
+    return {"steps": steps, "tried": tried, "kept": None}
+
+
+def better_half(losses: dict[int, np.ndarray]) -> list[int]:
+    """Ranks with the lower mean loss, at least two (the last two are compared by their noise)."""
+    ranked = sorted(losses, key=lambda rank: losses[rank].mean())
+    return sorted(ranked[: max(2, math.ceil(len(ranked) / 2))])
+
+
+def reason(chosen: int, best: int, near: list[int], compared: int) -> str:
+    """Why this rank, in words."""
+    if near == [best]:
+        return f"the {compared} trained longest differ by more than noise, and {best} is the best"
+    if chosen == best:
+        return f"{best} is the best, and the smallest of those it cannot be told from ({near})"
+    return (
+        f"the best, {best}, is ahead of {chosen} by less than one standard error, so the smaller "
+        "one is taken"
+    )
+
+
+def render(report: dict) -> str:
+    """The search as a table."""
+    lines = [
+        f"rank search on {report['validation_samples']} held-out samples",
+        f"{'steps':>6}{'rank':>6}{'loss':>9}{'behind the best':>22}{'seconds':>9}",
+    ]
+    for one in report["rungs"]:
+        for row in one["tried"]:
+            behind = f"{row['behind']:.4f} ± {row['standard_error']:.4f}"
+            lines.append(
+                f"{one['steps']:>6}{row['rank']:>6}{row['loss']:>9.4f}{behind:>22}"
+                f"{row['seconds']:>9.1f}"
+                + ("" if one["kept"] is None or row["rank"] in one["kept"] else "  dropped")
+            )
+    lines.append(
+        f"rank {report['rank']}: {report['reason']}. It cost {report['steps']} steps "
+        f"({report['share_of_stage']:.0%} of stage instruct) and {report['seconds']:.0f} s."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""Layers that add to a module's output what they make of its input or its output."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from mmpeft.tuners.base import Layer
+
+
+class AddingLayer(Layer):
+    """A module of the LLM and what is added to its output.
+
+    The module may return a tuple, whose first entry is then its output, and is called once.
+
+    Attributes:
+        reads: ``input`` or ``output`` of the module, what :meth:`contribution` is made of.
+    """
+
+    reads = "output"
+
+    def contribution(self, x: Tensor) -> Tensor:
+        """``(B, T, in)``, or ``(B, T, out)`` where the output is read, to ``(B, T, out)``."""
+        raise NotImplementedError
+
+    def forward(self, *args, **kwargs):
+        """As the module, with what is added."""
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        own = output[0] if isinstance(output, tuple) else output
+        given = args[0] if args else kwargs.get("hidden_states")
+        added = self.close(self.contribution(own if self.reads == "output" else given))
+        adapted = (own + added).to(own.dtype)
+        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+
+def bottleneck(
+    x: Tensor, down: Tensor, up: Tensor, activation, down_bias: Tensor, up_bias: Tensor
+) -> Tensor:
+    """``(..., in)`` through weights ``(r, in)`` and ``(out, r)``, and their biases."""
+    return F.linear(activation(F.linear(x, down, down_bias)), up, up_bias)
+
+
+def activation(config):
+    """The function that ``config.activation`` names.
+
+    Raises:
+        ValueError: transformers has none of this name.
+    """
+    if config.activation not in ACT2FN:
+        raise ValueError(
+            f"{type(config).__name__}: activation {config.activation!r} is unknown; choose one of "
+            f"{', '.join(ACT2FN)}."
+        )
+    return ACT2FN[config.activation]
+
+
+def check_sizes(config, **least: float) -> None:
+    """Refuse numbers below their least.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(
+                f"{type(config).__name__}: {name} is {getattr(config, name)}; it must be {bound} "
+                "or more."
+            )
+
+
+def down_start(*shape: int) -> Tensor:
+    """Weights ``(..., r, in)`` as peft starts LoRA's A."""
+    weight = torch.empty(*shape)
+    bound = shape[-1] ** -0.5  # kaiming uniform with a = sqrt(5)
+    return weight.uniform_(-bound, bound)

@@ -1,0 +1,114 @@
+"""What the tuners here have in common: peft's base classes, the gate, and what happens each step.
+
+A method is a config, a :class:`Layer` and a :class:`Tuner` in one file, entered into peft's own
+tables by :func:`register`: ``get_peft_model``, ``save_pretrained``, ``disable_adapter`` and
+``PeftConfig.from_pretrained`` then serve it as they serve LoRA.
+"""
+
+from collections.abc import Callable
+
+from peft import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+
+def register(config: type[PeftConfig], tuner: type["Tuner"]) -> None:
+    """Make peft know a method.
+
+    peft's ``register_peft_method`` takes only names of its own enumeration; its tables take any
+    string, here ``config.method``.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix
+
+
+class Layer(nn.Module, BaseTunerLayer):
+    """A module of the LLM, ``base_layer``, and what an adapter makes of it.
+
+    A subclass keeps its weights in ``ModuleDict``s and ``ParameterDict``s by adapter name, which it
+    names in ``adapter_layer_names``. Its forward returns ``base_layer``'s own output where
+    ``disable_adapters`` is set.
+
+    Attributes:
+        gate: the bridge's :class:`~mmpeft.gate.Gate`; ``None`` is open.
+        dial: what the adapter's part of the output is scaled by, see :mod:`mmpeft.retention.dial`.
+    """
+
+    gate = None
+    dial = 1.0
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self._active_adapter = adapter_name
+
+    @property
+    def adapter_name(self) -> str:
+        """The key of the adapter's weights; peft keeps it as a name or as a list of one."""
+        return self.active_adapters[0]
+
+    def close(self, contribution: Tensor, tokens: int = 1) -> Tensor:
+        """``(B, T, D)`` to be added, T at dimension ``tokens``; 0 where the gate is shut."""
+        if self.dial != 1:
+            contribution = self.dial * contribution
+        return contribution if self.gate is None else self.gate.close(contribution, tokens=tokens)
+
+    def choose(self, adapted: Tensor, base: Callable[[], Tensor], tokens: int = 1) -> Tensor:
+        """``adapted`` ``(B, T, D)``; ``base()`` where the gate is shut."""
+        if self.dial != 1:
+            own = base()
+            adapted = own + self.dial * (adapted - own)
+        return adapted if self.gate is None else self.gate.choose(adapted, base, tokens=tokens)
+
+
+class Tuner(BaseTuner):
+    """A method on a language model.
+
+    Subclasses set ``prefix`` and ``tuner_layer_cls``, whose instances are made as
+    ``tuner_layer_cls(base_layer, adapter_name, config)``, or override :meth:`wrap`.
+    """
+
+    merges = False
+
+    @classmethod
+    def find_targets(cls, language_model: nn.Module, config: PeftConfig) -> list[str]:
+        """Full paths of the modules to adapt; by default the linear layers that are asked for.
+
+        Raises:
+            ValueError: there are none, or a name fits none.
+        """
+        from mmpeft.adapters import resolve_targets
+
+        return resolve_targets(language_model, config.target_modules)
+
+    def wrap(self, module: nn.Module, adapter_name: str, config: PeftConfig, path: str) -> Layer:
+        """The adapted module at ``path``."""
+        return self.tuner_layer_cls(module, adapter_name, config)
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before step ``step`` of ``steps`` (from 0): random choices for the whole of it."""
+
+    def penalty(self, model, inputs: dict) -> Tensor | None:
+        """What is added to the loss of a batch; ``model`` is the bridge."""
+        return None
+
+    def end_step(self, step: int) -> None:
+        """Called after an optimizer step, whose gradients are still there."""
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ):
+        layer = self.wrap(target, adapter_name, peft_config, current_key)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        if not self.merges:
+            name = type(self).__name__.removesuffix("Model")
+            raise ValueError(f"a {name} adapter cannot be merged into the weights of the LLM.")

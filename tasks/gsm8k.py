@@ -1,0 +1,66 @@
+"""GSM8K: grade-school maths in words; the last number of the reply counts.
+
+7,473 / 1,319 problems. Each line of a file is ``{"question": ..., "answer": ...}``, the answer with
+its steps and ``#### NUMBER`` at the end (https://github.com/openai/grade-school-math). Notes for a
+calculator, as ``<<48/2=24>>``, are taken out: none runs.
+Source: Cobbe et al. 2021 (arXiv 2110.14168), MIT licence.
+"""
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+from mmpeft.text_task import TextTask, field, read_jsonl
+
+NUMBER = re.compile(r"-?\$?\s?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+
+
+@dataclass
+class GSM8K(TextTask):
+    """
+    Attributes:
+        train: JSONL file.
+        test: JSONL file.
+    """
+
+    name = "gsm8k"
+    max_new_tokens = 320
+
+    train: str | None = "data/gsm8k/train.jsonl"
+    test: str | None = "data/gsm8k/test.jsonl"
+
+    def read(self, path, split):
+        rows = []
+        for where, entry in read_jsonl(path):
+            answer = field(entry, "answer", str, where)
+            if "####" not in answer or final_number(answer) is None:
+                raise ValueError(f"{where}: field 'answer' does not end in '#### NUMBER'.")
+            answer = re.sub(r"<<.*?>>", "", answer)
+            question = field(entry, "question", str, where)
+            rows.append({"question": question, "answer": answer, "where": where})
+        return rows
+
+    def messages(self, row):
+        return [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
+
+    def score(self, replies, rows):
+        """1.0 where the final number is the reference's, however it is written."""
+        return [
+            float(final_number(reply) == final_number(row["answer"]))
+            for reply, row in zip(replies, rows, strict=True)
+        ]
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the first ``####``, else the last in the text; ``None`` if there is none.
+
+    Commas, a dollar sign and trailing zeros do not matter.
+    """
+    _, mark, behind = text.partition("####")
+    found = NUMBER.findall(behind if mark else text)
+    if not found:
+        return None
+    return Decimal(re.sub(r"[$,\s]", "", found[0 if mark else -1]))

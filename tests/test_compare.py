@@ -1,0 +1,373 @@
+"""mmpeft compare: what a grid means, cells as processes, resuming, and the table by hand."""
+
+import json
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmpeft import cli
+from mmpeft.compare import figures, run, table
+from mmpeft.compare.cell import CellConfig, read_result, run_cell
+from mmpeft.compare.grid import load_grid, put
+from mmpeft.config import from_mapping
+
+SHIPPED = sorted(Path(str(files("mmpeft.configs"))).glob("grids/*.yaml"))
+AXES = {
+    "method": {
+        "lora": None,
+        "ia3": {"model.adapter": {"class_path": "IA3Config"}, "model.gate": "none"},
+    },
+    "rank": {2: {"model.rank": 2}, 4: {"model.rank": 4}},
+}
+
+
+@pytest.fixture
+def write_grid(recipe):
+    def write(**keys):
+        keys = {
+            "recipe": recipe.name, "output_dir": str(recipe.parent / "out"), "axes": AXES,
+            "overrides": {"align": None, "instruct.max_steps": 2}, "seeds": [0],
+            "exclude": [{"method": "ia3", "rank": 4}, {"method": "ia3", "rank": 2}],
+            "evaluate": {"samples": 4},
+        } | keys  # fmt: skip
+        path = recipe.parent / "grid.yaml"
+        path.write_text(yaml.safe_dump(keys, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run cells here; returns the names of those that were run."""
+    ran = []
+
+    def start(folder, log, lock):
+        ran.append(folder.name)
+        run_cell(folder)
+        return 0
+
+    monkeypatch.setattr(run, "start", start)
+    return ran
+
+
+# ------------------------------------------------------------------------------------- grids
+
+
+def test_a_grid_is_every_combination_but_those_left_out(write_grid):
+    grid, _, cells = load_grid(
+        write_grid(seeds=[3, 5], exclude=[{"method": "ia3", "rank": [4, 2]}])
+    )
+    assert [cell.name for cell in cells] == ["lora,2,seed3", "lora,4,seed3",
+                                             "lora,2,seed5", "lora,4,seed5"]  # fmt: skip
+    assert cells[2].recipe["seed"] == 5 and cells[3].recipe["model"]["rank"] == 4
+    assert cells[0].recipe["model"]["adapter"]["class_path"] == "LoraConfig"
+    assert cells[0].recipe["align"] is None and cells[0].recipe["instruct"]["max_steps"] == 2
+    assert len({cell.hashes["train"] for cell in cells}) == 4
+    assert grid.axes["rank"] == {"2": {"model.rank": 2}, "4": {"model.rank": 4}}
+    method = {"method": AXES["method"]}
+    only = [{"method": "ia3"}]
+    _, _, cells = load_grid(write_grid(axes=method, only=only, exclude=[]))
+    assert [cell.name for cell in cells] == ["ia3,seed0"]
+    assert cells[0].recipe["model"]["adapter"] == {"class_path": "IA3Config"}
+
+
+def test_a_step_is_keyed_by_what_its_result_depends_on(write_grid):
+    def keys(**changes):
+        return load_grid(write_grid(**changes))[2][0].hashes
+
+    plain = keys()
+    steps = keys(overrides={"align": None, "instruct.max_steps": 3})
+    fewer, shown = (
+        keys(evaluate={"samples": 3}),
+        keys(evaluate={"samples": 4, "metric": "accuracy"}),
+    )
+    assert set(plain) == {"train", "score"} and shown == plain
+    assert steps["train"] != plain["train"] and steps["score"] != plain["score"]
+    assert fewer["train"] == plain["train"] and fewer["score"] != plain["score"]
+    kept = keys(retain={"samples": 3})
+    assert {step: kept[step] for step in plain} == plain and "retention" in kept
+
+
+def test_a_key_is_put_where_it_belongs():
+    recipe = {"a": {"b": 1}, "c": None, "d": 3}
+    for key, value in (("a.x.y", [1]), ("c.z", 2), ("a.b", {"k": 1})):
+        put(recipe, key, value, "grid")
+    assert recipe == {"a": {"b": {"k": 1}, "x": {"y": [1]}}, "c": {"z": 2}, "d": 3}
+    with pytest.raises(ValueError, match="grid: d.e cannot be set, d is 3"):
+        put(recipe, "d.e", 1, "grid")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"axis": {"rank": 4}}, "Did you mean 'axes'"),
+        ({"evaluate": {"sampels": 3}}, "Did you mean 'evaluate.samples'|Did you mean 'samples'"),
+        ({"retain": {"mode": ["text"]}}, "Did you mean 'modes'"),
+        ({"recipe": "gone.yaml"}, "gone.yaml does not exist"),
+        ({"axes": {}}, "axes is empty"),
+        ({"axes": {"rank": [4, 8]}}, "axes.rank is .4, 8.; give labels"),
+        ({"axes": {"rank": {"4/8": None}}}, "label '4/8' names a folder"),
+        ({"axes": {"rank": {4: 4}}}, "axes.rank.4 is 4; give keys"),
+        ({"overrides": {"instruct.max_stpes": 3}}, "lora,2: .*Did you mean 'max_steps'"),
+        ({"exclude": [{"methd": "lora"}]}, "exclude: axis 'methd' .*Did you mean 'method'"),
+        ({"only": [{"method": "loar"}]}, "only: method 'loar' .*Did you mean 'lora'"),
+        ({"exclude": [{"rank": [2, 4]}]}, "leave no cell to run"),
+        ({"seeds": [1, 1]}, "seeds is .1, 1."),
+        ({"evaluate": {"samples": 0}}, "evaluate.samples is 0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(write_grid, capsys, keys, message):
+    assert cli.main(["compare", str(write_grid(**keys))]) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("mmpeft: error: ") and re.search(message, last) and not captured.out
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_grid_resolves_and_opens_with_its_launch_command(path):
+    grid, _, cells = load_grid(path)
+    assert f"mmpeft compare configs/grids/{path.name}" in path.read_text().split("\n\n")[0]
+    assert len(grid.seeds) >= 3 and len(cells) >= 6
+
+
+def test_the_grids_of_table_1_have_the_same_methods():
+    import yaml
+
+    axes = [yaml.safe_load(p.read_text())["axes"] for p in SHIPPED if p.stem.startswith("table1")]
+    assert len(axes) == 4 and all(one == axes[0] for one in axes)
+
+
+# ------------------------------------------------------------------------------- cells
+
+
+def test_cells_are_processes_and_only_what_failed_is_run_again(write_grid, recipe, capsys):
+    lost = recipe.parent / "lost.jsonl"
+    axes = {"data": {"here": None, "lost": {"data.task.init_args.train": str(lost)}}}
+    grid, out = str(write_grid(axes=axes, exclude=[])), recipe.parent / "out"
+    assert cli.main(["compare", grid, "--json"]) == 1
+    printed, err = capsys.readouterr()
+    report = json.loads(printed)
+    assert report == json.loads((out / "compare.json").read_text())
+    assert [row["labels"] for row in report["rows"]] == [{"data": "here"}]
+    (failure,) = report["failures"]
+    assert failure["cell"] == "lost,seed0" and "lost.jsonl does not exist" in failure["error"]
+    assert Path(failure["log"]).is_file() and not report["complete"]
+    assert f"lost,seed0: {failure['error']}" in err
+
+    result = out / "cells/here,seed0/result.json"
+    cell, before = read_result(result.parent), result.stat().st_mtime_ns
+    assert cell["train"]["trained_parameters"]["adapter"] == 4 * (32 + 32 + 32 + 16) * 2
+    assert 1e8 < cell["train"]["peak_memory_bytes"] < 1e10 and cell["train"]["seconds"] > 0
+    assert len((result.parent / "items.jsonl").read_text().splitlines()) == 4
+    assert cell["score"]["n"] == 4 and set(cell["score"]["metrics"]) == {"accuracy"}
+
+    lost.write_text((recipe.parent / "data.jsonl").read_text())
+    assert cli.main(["compare", grid]) == 0
+    table_text, err = capsys.readouterr()
+    assert result.stat().st_mtime_ns == before and "1/2" in err  # one was there
+    assert "lost" in table_text and "failed" not in table_text
+
+    for name in ("compare.json", "table.md", "table.csv"):
+        (out / name).unlink()
+    assert cli.main(["compare", str(out)]) == 0  # draws what is there
+    assert capsys.readouterr().out == table_text
+    assert (out / "table.md").read_text().startswith("| data | seeds | trained |")
+    assert (out / "table.csv").read_text().startswith("data,seeds,trained_parameters,")
+
+
+def test_results_of_another_configuration_are_never_replaced_unasked(write_grid, in_process):
+    fewer = {"axes": {"rank": AXES["rank"]}, "exclude": []}
+    run.compare(write_grid(**fewer, keep_checkpoints=False))
+    assert in_process == ["2,seed0", "4,seed0"]
+    kept = run.compare(write_grid(**fewer, keep_checkpoints=False))
+    assert len(in_process) == 2 and kept["complete"]
+    cell = Path(kept["grid"]).parent / "out/cells/2,seed0"
+    assert not (cell / "run/checkpoint").exists()
+
+    changed = {"rank": {2: AXES["rank"][2], 4: {"model.rank": 4, "instruct.max_steps": 1}}}
+    steps = write_grid(axes=changed, exclude=[])
+    with pytest.raises(ValueError, match=r"4,seed0 \(instruct.max_steps: 2 -> 1\)\. Run .*--redo"):
+        run.compare(steps)
+    before = read_result(cell)
+    run.compare(steps, redo=True)
+    assert in_process[2:] == ["4,seed0"] and read_result(cell) == before
+
+    other = write_grid(axes=changed, exclude=[], evaluate={"samples": 3})
+    with pytest.raises(ValueError, match=r"2,seed0 \(evaluate.samples: 4 -> 3\)"):
+        run.compare(other)
+    trained = (cell.parent / "4,seed0/run/metrics.jsonl").stat().st_mtime_ns
+    report = run.compare(other, redo=True)
+    assert report["n"] == 3 and in_process[3:] == ["2,seed0", "4,seed0"]
+    # scored anew from what was kept; trained anew where nothing was
+    assert (cell.parent / "4,seed0/run/metrics.jsonl").stat().st_mtime_ns == trained
+    assert (cell / "run/checkpoint").is_dir()
+
+
+def test_labels_and_hashes_that_look_like_numbers_stay_words(write_grid, monkeypatch):
+    from mmpeft.compare import grid as grids
+
+    seen = []
+
+    def start(folder, log, lock):
+        read = grids.read_yaml(folder / "cell.yaml", "cell")
+        seen.append(from_mapping(CellConfig, read, "cell"))
+        return 1
+
+    monkeypatch.setattr(grids, "_hash", lambda value: "52194e67")  # a float to a YAML reader
+    monkeypatch.setattr(run, "start", start)
+    grid = write_grid(axes={"rate": {"1e-3": None}}, exclude=[])
+    grid.write_text(grid.read_text().replace("1e-3:", '"1e-3":'))
+    run.compare(grid)
+    assert seen[0].hashes == {"train": "52194e67", "score": "52194e67"}
+    assert seen[0].labels == {"rate": "1e-3"}
+
+
+def test_a_killed_cell_is_reported_and_the_rest_goes_on(write_grid, monkeypatch):
+    def start(folder, log, lock):
+        log.write("3/9 steps\rand then")
+        return -9
+
+    monkeypatch.setattr(run, "start", start)
+    report = run.compare(write_grid(axes={"rank": AXES["rank"]}, exclude=[]))
+    assert [f["error"] for f in report["failures"]] == ["killed by SIGKILL"] * 2
+    assert not report["rows"] and "killed by SIGKILL" in table.render(report)
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(write_grid, in_process, capsys):
+    grid = write_grid(axes={"rank": AXES["rank"]}, exclude=[])
+    folder = grid.parent / "out/cells/2,seed0"
+    folder.mkdir(parents=True)
+    with run.held(folder):
+        report = run.compare(grid)
+    assert in_process == ["4,seed0"] and report["missing"] == ["2,seed0"]
+    assert "2,seed0: another process is at work on it" in capsys.readouterr().err
+
+
+def test_retention_is_measured_against_the_base(write_grid, in_process, monkeypatch):
+    from mmpeft.retention import statistics
+
+    monkeypatch.setattr(statistics, "above_chance", lambda *args: True)  # a random LLM is not
+    axes, retain = {"method": {"lora": None}}, {"samples": 2, "modes": ["text"]}
+    report = run.compare(write_grid(axes=axes, exclude=[], retain=retain))
+    assert report["modes"] == ["text"]
+    cell = Path(report["grid"]).parent / "out/cells/lora,seed0"
+    full = json.loads((cell / "retain/report.json").read_text())
+    overall, own = full["modes"]["text"]["overall"], read_result(cell)["retention"]["text"]
+    assert own == {key: overall[key] for key in own} and own["verdict"] == "retained"
+    assert report["rows"][0]["retention"]["text"]["exact"] and own["exact"]  # gate sample
+    assert full["provenance"]["suite"]["samples"] == 2
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def result(labels, seed, accuracy, delta=None, ci95=(0.4, 0.6), exact=False, **train):
+    train = {"trained_parameters": {"connector": 100, "adapter": 20}, "peak_memory_bytes": 10**9,
+             "seconds": 5.0} | train  # fmt: skip
+    metric = {"value": accuracy, "ci95": list(ci95), "controls": {"majority": 0.3}}
+    found = {"labels": labels, "seed": seed, "train": train,
+             "score": {"task": "t", "n": 50, "metrics": {"accuracy": metric}}}  # fmt: skip
+    if delta is not None:
+        body = {"delta": delta, "ci95": [delta - 0.1, delta + 0.1], "exact": exact,
+                "verdict": "retained"}  # fmt: skip
+        found["retention"] = {"text": body}
+    return found
+
+
+def pooled(results, axes, metric=None):
+    cells = [{"name": "", "labels": r["labels"], "seed": r["seed"]} for r in results]
+    grid = {
+        "grid": "g",
+        "recipe": "r",
+        "axes": axes,
+        "seeds": [0],
+        "metric": metric,
+        "cells": cells,
+    }
+    return table.pool(grid, results, [], [])
+
+
+def test_seeds_are_pooled_with_students_t():
+    labels = {"method": "lora"}
+    report = pooled(
+        [result(labels, 0, 0.5, -0.02, peak_memory_bytes=3 * 10**9, seconds=60.0),
+         result(labels, 1, 0.6, -0.04), result(labels, 2, 0.7, 0.0)],
+        {"method": ["lora"]},
+    )  # fmt: skip
+    (row,) = report["rows"]
+    score, text = row["metrics"]["accuracy"], row["retention"]["text"]
+    half = 4.302652730 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom at 97.5%
+    assert score["mean"] == pytest.approx(0.6) and score["interval"] == "seeds"
+    assert score["ci95"] == pytest.approx([0.6 - half, 0.6 + half])
+    assert text["ci95"] == pytest.approx([-0.02 - half / 5, -0.02 + half / 5])
+    assert row["seeds"] == [0, 1, 2] and row["trained_parameters"] == 120
+    assert row["peak_memory_bytes"] == 3 * 10**9 and row["train_seconds"] == 5
+    assert "60.0 [35.2, 84.8]" in table.render(report) and "Student's t" in table.render(report)
+
+
+def test_one_seed_has_the_interval_of_its_rows_and_says_so():
+    report = pooled([result({"m": "a"}, 0, 0.5, 0.0, exact=True)], {"m": ["a"]})
+    score = report["rows"][0]["metrics"]["accuracy"]
+    assert (score["ci95"], score["interval"]) == ([0.4, 0.6], "rows")
+    text = table.render(report)
+    assert "50.0 [40.0, 60.0]*" in text and "says nothing about seeds" in text
+    assert "0 (exact)" in text
+
+
+def test_the_front_is_what_nothing_beats_on_both_axes():
+    points = [(0.9, -0.10), (0.8, -0.02), (0.7, -0.02), (0.6, 0.0), (0.6, 0.0), (0.85, -0.2)]
+    assert table.front(points) == [True, True, False, True, True, False]
+    results = [result({"m": str(i)}, 0, *point) for i, point in enumerate(points)]
+    results += [result({"m": "6"}, 0, 0.99)]  # no retention: on no front
+    rows = pooled(results, {"m": [str(i) for i in range(7)]})["rows"]
+    assert [row["on_front"].get("text") for row in rows] == [*table.front(points), None]
+
+
+def test_without_an_adapter_there_is_no_retention_to_measure(write_grid):
+    from mmpeft.compare.cell import retain_cell
+    from mmpeft.compare.grid import RetainConfig
+    from mmpeft.config import RunConfig
+
+    axes = {"method": {"connector": {"model.adapter": None, "model.gate": "none"}}}
+    _, _, (cell,) = load_grid(write_grid(axes=axes, exclude=[]))
+    config = from_mapping(RunConfig, cell.recipe, "cell")
+    found = retain_cell(Path("nowhere"), config, RetainConfig(modes=["text"]))
+    assert found == {"text": None}
+    report = pooled([result({"m": "a"}, 0, 0.5) | {"retention": found}], {"m": ["a"]})
+    (row,) = report["rows"]
+    assert row["retention"] == {"text": None} and "-" in table.cells(row)
+
+
+def test_a_metric_that_the_task_lacks_is_named():
+    with pytest.raises(ValueError, match="evaluate.metric 'bleu': the task has accuracy"):
+        pooled([result({"m": "a"}, 0, 0.5)], {"m": ["a"]}, "bleu")
+
+
+def test_numbers_of_the_files_are_those_of_the_report():
+    results = [result({"rank": rank}, seed, 0.1 * int(rank) + 0.01 * seed, -0.01 * int(rank))
+               for rank in ("2", "4") for seed in (0, 1)]  # fmt: skip
+    report = pooled(results, {"rank": ["2", "4"]})
+    lines = table.as_csv(report).splitlines()
+    first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    assert float(first["accuracy"]) == report["rows"][0]["metrics"]["accuracy"]["mean"]
+    assert float(first["retention_text_low"]) == report["rows"][0]["retention"]["text"]["ci95"][0]
+    assert (first["rank"], first["seeds"], first["front_text"]) == ("2", "2", "True")
+    assert len(lines) == 3 and table.as_markdown(report).count("\n| ") == 3
+
+
+def test_figures_are_drawn_where_they_have_something_to_show(tmp_path):
+    results = [result({"rank": rank, "share": share}, 0, 0.1 * int(rank), -0.01 * int(rank))
+               for rank in ("2", "4") for share in ("5%", "100%")]  # fmt: skip
+    report = pooled(results, {"rank": ["2", "4"], "share": ["5%", "100%"]})
+    figures.draw_front(report, tmp_path / "front.png")
+    figures.draw_ranks(report, tmp_path / "rank.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"front.png", "rank.png"}
+    plain = pooled([result({"m": "a"}, 0, 0.5)], {"m": ["a"]})
+    figures.draw_front(plain, tmp_path / "none.png")
+    figures.draw_ranks(plain, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

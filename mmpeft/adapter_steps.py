@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from mmpeft.tuners.base import Tuner
 
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's RankAllocator
+
 
 def steps_of(language_model):
     """What has ``begin_step``, ``penalty`` and ``end_step`` for the LLM's adapter, or ``None``."""
@@ -34,16 +36,23 @@ class AdaLoraSteps:
         """Fit the schedule to the stage.
 
         Raises:
-            ValueError: it leaves no step to move ranks in.
+            ValueError: it leaves no step to move ranks in, or no rank to give up.
         """
-        if steps == self.config.total_step:
-            return
         tinit, tfinal = self.config.tinit, self.config.tfinal
+        if self.config.target_r >= self.config.init_r:
+            raise ValueError(
+                f"adapter: target_r {self.config.target_r} must be less than init_r "
+                f"{self.config.init_r}; AdaLoRA starts with more ranks than it keeps."
+            )
         if tinit >= steps - tfinal:
             raise ValueError(
                 f"adapter: tinit {tinit} and tfinal {tfinal} leave none of the {steps} steps to "
                 "move ranks in; lower them."
             )
+        if self._pattern is None and step >= steps - tfinal:  # resumed in the last phase
+            self._pattern = self._ranks_left()
+        if steps == self.config.total_step:
+            return
         print(f"AdaLoRA: total_step {self.config.total_step} is now {steps}, the steps of this "
               "stage.", file=sys.stderr)  # fmt: skip
         self.config.total_step = steps
@@ -60,12 +69,25 @@ class AdaLoraSteps:
 
     def end_step(self, step: int) -> None:
         """Move the ranks; ``step`` counts from 1 as peft's example does."""
-        if self._pattern is None and step > self.config.total_step - self.config.tfinal:
-            self._pattern = self._ranks_left()  # resumed in the last phase
         self.config.rank_pattern = self._pattern
         self.tuner.update_and_allocate(step)
         # peft would cut saved weights by it, and so change their shapes in the middle of a run
         self._pattern, self.config.rank_pattern = self.config.rank_pattern, None
+
+    def state(self) -> dict[str, Tensor]:
+        """The running averages that decide which ranks go."""
+        kept = self.tuner.rankallocator
+        return {
+            f"{kind}.{name}": value.contiguous()
+            for kind in AVERAGES for name, value in getattr(kept, kind).items()
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            getattr(self.tuner.rankallocator, kind)[name] = value.to(devices.get(name, "cpu"))
 
     def _layers(self):
         return (m for m in self.tuner.modules() if hasattr(m, "lora_E"))
@@ -87,5 +109,6 @@ class AdapterSteps(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.steps.begin_step(state.global_step, state.max_steps)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.steps.end_step(state.global_step + 1)
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if not getattr(optimizer, "step_was_skipped", False):  # gradients beyond float16
+            self.steps.end_step(state.global_step + 1)

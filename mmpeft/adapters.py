@@ -20,6 +20,10 @@ UNSERVED = {
     "modules_to_save": "trains modules of the LLM, which stays frozen; leave it out",
     "trainable_token_indices": "trains embeddings of the LLM, which stays frozen; leave it out",
     "layer_replication": "makes another LLM of it; leave it out",
+    "alora_invocation_tokens": "looks for words among token ids, which a bridge does not hand on; "
+    "leave it out, gates are there for that",
+    "use_qalora": "is read for GPTQ layers alone; leave it out",
+    "arrow_config": "mixes several adapters, of which a bridge has one; leave it out",
     "layers_to_transform": "is not read; write target_modules as a regular expression that matches "
     "the full names, for example '.*layers\\.[01]\\..*q_proj'",
 }

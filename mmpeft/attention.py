@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import maybe_autocast
 
 from mmpeft.language_model import counts_places
 from mmpeft.packing import Block, PackedRow, pack
@@ -103,6 +104,8 @@ class Learned:
 class LearnedApart(Learned):
     """The same with a softmax of their own, whose output is scaled and added to the base's.
 
+    Scores are float32 whatever the LLM's type, as in :class:`_MatrixAttention`.
+
     Attributes:
         scale: ``(1,)``, the factor.
     """
@@ -112,8 +115,9 @@ class LearnedApart(Learned):
     def apply(self, attend: Callable, query: Tensor, scaling: float) -> Tensor:
         base, groups = attend(None), query.shape[1] // self.key.shape[1]
         key, value = (repeat_kv(x.to(query.dtype), groups) for x in (self.key, self.value))
-        scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, P)
-        weights = torch.softmax(scores, -1, dtype=torch.float32) * self.scale
+        with maybe_autocast(query.device.type, enabled=False):
+            scores = query.float() @ key.float().transpose(2, 3) * scaling  # (B, H, T, P)
+        weights = torch.softmax(scores, -1) * self.scale
         added = (weights.to(query.dtype) @ value).transpose(1, 2)  # (B, T, H, d)
         added = self.choose(added.flatten(2), lambda: torch.zeros_like(added).flatten(2))
         return base + added.unflatten(2, base.shape[2:])

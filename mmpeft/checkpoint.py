@@ -146,7 +146,7 @@ def saved_parts(config, directory) -> dict:
         "vision_encoder": from_spec(config.vision_encoder, VisionEncoderConfig),
         "connector": from_spec(config.connector, ConnectorConfig),
         "language_model": dict(config.language_model),
-        "adapter": _adapter_config(Path(directory)),
+        "adapter": adapter_config(directory),
         "gate": config.gate,
         "resolution": None if resolution is None else ResolutionConfig(**resolution),
     }
@@ -189,13 +189,14 @@ def _require_same_keys(state, expected, file) -> None:
             raise ValueError(f"{file} {problem} {some}: it belongs to another model.")
 
 
-def _adapter_config(directory: Path):
+def adapter_config(directory):
     """The peft config of a checkpoint, to be filled with weights; ``None`` without adapter."""
     from peft import PeftConfig
 
-    if not (directory / ADAPTER_FOLDER).is_dir():
+    folder = Path(directory) / ADAPTER_FOLDER
+    if not folder.is_dir():
         return None
-    config = PeftConfig.from_pretrained(directory / ADAPTER_FOLDER)
+    config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     return config
 

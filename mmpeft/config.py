@@ -4,7 +4,6 @@ This is the one place that knows all parts. Parts are named by class (``class_pa
 short name) with ``init_args``; misspelt keys are refused with the nearest valid one.
 """
 
-import copy
 import dataclasses
 import difflib
 import importlib
@@ -103,9 +102,9 @@ def of_rank(adapter: PeftConfig | None, rank: int) -> PeftConfig:
             f"{f'adapter {name} {reason}' if adapter else 'there is no model.adapter'}; set "
             "model.rank to null."
         )
-    adapter = copy.copy(adapter)
-    adapter.r = rank
-    return adapter
+    if getattr(adapter, "rank_pattern", None):
+        raise ValueError("model.rank and the adapter's rank_pattern set ranks; leave one out.")
+    return dataclasses.replace(adapter, r=rank)
 
 
 SETS_NO_RANK = {
@@ -146,6 +145,8 @@ class DataConfig:
     augmentation: list[Transform] | None = None
 
     def __post_init__(self):
+        if self.start_samples < 1:
+            raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
         if self.start_samples < 1:
             raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
         if not 0 < self.replay_share < 1:

@@ -210,6 +210,11 @@ def named_in_workers():
         raise WorkerError(str(error)) from None
 
 
+def replayed(samples: int, share: float) -> int:
+    """How many samples of replay make up ``share`` of all, beside so many others."""
+    return max(1, round(samples * share / (1 - share)))
+
+
 class WithReplay(Dataset):
     """A data set with replay behind it, rows in turn, so that ``share`` of all samples are replay.
 
@@ -218,7 +223,7 @@ class WithReplay(Dataset):
 
     def __init__(self, dataset: ConversationDataset, replay: ConversationDataset, share: float):
         self.dataset, self.replay, self.processor = dataset, replay, dataset.processor
-        self.replayed = max(1, round(len(dataset) * share / (1 - share)))
+        self.replayed = replayed(len(dataset), share)
 
     def __len__(self):
         return len(self.dataset) + self.replayed

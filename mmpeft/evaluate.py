@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 from mmpeft.checkpoint import find_checkpoint, load
-from mmpeft.data import check_chat
+from mmpeft.data import check_chat, row_groups
 from mmpeft.prefix import Prompt, try_sharing
 from mmpeft.task import Metric, Task, parts, pictures, words
 
 SCHEMA = "mmpeft.eval/1"
-RESAMPLES = 1000  # of the rows, for the interval of a score that is no share
+RESAMPLES = 1000  # of the groups of rows, for the interval of a score that is no share
 ENCODED = 16  # batches of prompts encoded at a time: meanwhile frames of their clips are in memory
 
 
@@ -71,10 +71,12 @@ def evaluate(
     seconds = time.perf_counter() - began
 
     types = np.array([task.question_type(row) for row in rows])
+    groups = row_groups(task, rows)
     report = {"schema": SCHEMA, "task": task.name, "seed": seed}
-    report |= _summary(metrics, controls, seed)
+    report |= _summary(metrics, controls, groups, seed)
     report["by_type"] = {
-        kind: _summary(metrics, controls, seed, types == kind) for kind in sorted(set(types))
+        kind: _summary(metrics, controls, groups, seed, types == kind)
+        for kind in sorted(set(types))
     }
     report["seconds"] = seconds
     report["replies_per_second"] = (3 if seeing else 1) * len(rows) / seconds
@@ -113,15 +115,19 @@ def draw_rows(task: Task, samples: int | None, seed: int, split: str = "test"):
 
 
 def score_rows(model, processor, task: Task, *, samples: int | None, seed: int = 0) -> dict:
-    """Accuracy on test rows without the controls: ``{"n", "accuracy", "ci95"}``."""
+    """The mean score of test rows without the controls: ``{"n", "metric", NAME, "ci95"}``.
+
+    ``metric`` is NAME, that of the score: ``accuracy``, or what the task has instead.
+    """
     numbers, rows, chats = draw_rows(task, samples, seed)
     prompts = [chat[:-1] for chat in chats]
     replies = generate_replies(
         model, processor, prompts, task.max_new_tokens, 64, None,
         where=lambda i: task.where(rows[i], numbers[i]),
     )  # fmt: skip
-    summary = _summary({"accuracy": Metric(task.score(replies, rows))}, {}, seed)
-    return {key: summary[key] for key in ("n", "accuracy", "ci95")}
+    name, metric = task.score_name, Metric(task.score(replies, rows))
+    found = _summary({name: metric}, {}, row_groups(task, rows), seed)["metrics"][name]
+    return {"n": len(rows), "metric": name, name: found["value"], "ci95": found["ci95"]}
 
 
 def generate_replies(
@@ -209,7 +215,7 @@ def _by_picture(prompts) -> list[int]:
     return sorted(range(len(prompts)), key=key)
 
 
-def _summary(metrics, controls, seed, keep=slice(None)) -> dict:
+def _summary(metrics, controls, groups, seed, keep=slice(None)) -> dict:
     """Every metric over the rows that ``keep`` chooses; accuracy by itself, too."""
     found = {}
     for name, metric in metrics.items():
@@ -217,7 +223,7 @@ def _summary(metrics, controls, seed, keep=slice(None)) -> dict:
         others = {control: given[name] for control, given in controls.items() if name in given}
         found[name] = {
             "value": float(metric.of(rows)),
-            "ci95": _interval(rows, metric.of, seed),
+            "ci95": _interval(name, rows, metric.of, groups[keep], seed),
             "controls": {
                 control: float(other.of(np.asarray(other.rows, float)[keep]))
                 for control, other in others.items()
@@ -229,15 +235,27 @@ def _summary(metrics, controls, seed, keep=slice(None)) -> dict:
     return report | {"metrics": found}
 
 
-def _interval(rows: np.ndarray, of, seed: int) -> list[float]:
-    """95%: Wilson's for a share of right replies, else percentiles over redrawn rows."""
+def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) -> list[float]:
+    """95%: Wilson's for ``accuracy``, else percentiles over redrawn groups of rows.
+
+    Wilson's takes rows as independent, so it is too narrow where rows of a group, such as questions
+    about one picture, are right or wrong together. Of a single group, nothing is redrawn: both ends
+    are the score.
+
+    Args:
+        groups: number of each row's group, see :func:`~mmpeft.data.row_groups`.
+    """
     from statsmodels.stats.proportion import proportion_confint
 
-    n = len(rows)
-    if np.isin(rows, (0, 1)).all() and rows.ndim == 1:
-        return [float(end) for end in proportion_confint(rows.sum(), n, method="wilson")]
-    random = np.random.default_rng(seed)
-    redrawn = [of(rows[random.integers(n, size=n)]) for _ in range(RESAMPLES)]
+    if name == "accuracy":
+        return [float(end) for end in proportion_confint(rows.sum(), len(rows), method="wilson")]
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    random, n = np.random.default_rng(seed), len(members)
+    redrawn = [
+        of(rows[np.concatenate([members[i] for i in random.integers(n, size=n)])])
+        for _ in range(RESAMPLES)
+    ]
     return [float(end) for end in np.percentile(redrawn, (2.5, 97.5))]
 
 

@@ -44,6 +44,11 @@ def gate_mask(
     if packed is not None:
         return packed.see(images)
     if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask (B, 1, T, T) is {attention_mask.dtype}; gate {gate!r} asks who "
+                "sees whom: pass it as bool."
+            )
         return (attention_mask[:, 0] & images[:, None]).any(-1)  # (B, query, key) -> (B, T)
     return images.cumsum(1) > 0
 
@@ -156,6 +161,12 @@ class Gate:
             raise ValueError(
                 f"the gate cannot be on {layer.gate_name}, which returns a "
                 f"{type(output).__name__}; adapt layers that return a tensor, or use gate 'none'."
+            )
+        if output.dim() > 3 and self.mask.shape[1] > 1:  # T may be any of them
+            raise ValueError(
+                f"the gate cannot be on {layer.gate_name}, which returns {tuple(output.shape)} and "
+                "does not say which dimension counts tokens; leave it out of target_modules, or "
+                "use gate 'sample' or 'none'."
             )
         return self.choose(output, lambda: layer.base_layer(*args, **kwargs), layer.gate_name)
 

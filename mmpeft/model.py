@@ -399,16 +399,17 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for parameter, requires_grad in before:
                 parameter.requires_grad_(requires_grad)
 
-    def replace_adapter(self, adapter) -> None:
+    def replace_adapter(self, adapter, new: bool = True) -> None:
         """Take the adapter off and put an untrained one on: a peft config, see :meth:`from_parts`.
 
-        The gate is as it was.
+        The gate is as it was. Without ``new``, weights follow and no start is made.
         """
         base = self.language_model.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config  # else peft takes the new one for a second
-        self.language_model = adapters.attach_adapter(base, adapter)
+        self.language_model = adapters.attach_adapter(base, adapter, new)
         self._gate = Gate(self.language_model, self.config.gate)
+        self.train(self.training)
 
     def merge_adapter(self):
         """Fold the adapter into the LLM's weights, in place; only for gate ``none``."""

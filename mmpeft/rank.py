@@ -4,8 +4,9 @@ All candidates start from the same connector, data order and seed. They train fo
 better half by validation loss goes on for as many steps again and more, and so on (K. Jamieson, A.
 Talwalkar 2016, arXiv 1502.07943). Of those trained longest, the smallest is chosen whose loss lies
 within one standard error of the best: the one-standard-error rule (L. Breiman et al.,
-"Classification and Regression Trees", 1984, section 3.4.3), here on losses paired by sample. From
-half of the steps on the search also ends where all that are left are so close.
+"Classification and Regression Trees", 1984, section 3.4.3), here on losses paired by sample, with
+the error over groups of samples (see ``Task.group``). From half of the steps on the search also
+ends where all that are left are so close. A candidate whose loss is not finite is dropped.
 
 The validation samples are held out of the search alone: stage instruct learns from them later.
 """
@@ -23,7 +24,7 @@ from transformers import SchedulerType, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from mmpeft.config import RunConfig, of_rank
-from mmpeft.data import ConversationDataset, Samples, hold_out, row_groups
+from mmpeft.data import ConversationDataset, Samples, hold_out, replayed, row_groups
 from mmpeft.retention.sides import evaluation
 from mmpeft.train import total_steps, train_stage
 
@@ -40,6 +41,9 @@ def settle_rank(model, dataset: ConversationDataset, collator, config: RunConfig
 
     Args:
         dataset: what stage instruct learns from, without replay.
+
+    Raises:
+        ValueError: no candidate has a finite loss, or too few samples can be held out.
     """
     kept = Path(config.output_dir) / FILE
     if not kept.is_file():
@@ -58,7 +62,10 @@ def search(model, dataset, collator, config: RunConfig, cache) -> dict:
     settings, work = config.rank_search, Path(config.output_dir) / "rank_search"
     shutil.rmtree(work, ignore_errors=True)  # of a search that was interrupted
     learned, held_out = split(dataset, config)
-    whole = total_steps(config.instruct, len(dataset))
+    groups = groups_of(held_out)
+    data, samples = config.data, len(dataset)
+    samples += 0 if data.replay is None else replayed(samples, data.replay_share)
+    whole = total_steps(config.instruct, samples)
     steps = settings.steps or max(2, whole // SHARE)
     start = {key: value.clone() for key, value in model.connector.state_dict().items()}
     left, rungs, ladder = sorted(set(settings.candidates)), [], rung_steps(settings, steps)
@@ -76,14 +83,15 @@ def search(model, dataset, collator, config: RunConfig, cache) -> dict:
                 resume=number > 0, cache=cache, callbacks=[watch],
             )  # fmt: skip
             losses[rank], seconds[rank] = watch.losses, time.perf_counter() - began
-        rungs.append(rung(until, losses, seconds))
+        rungs.append(rung(until, losses, seconds, groups))
         near = [row["rank"] for row in rungs[-1]["tried"] if row["within_noise"]]
-        if until == ladder[-1] or (len(near) == len(left) and 2 * until >= steps):
+        if until == ladder[-1] or (len(near) == len(left) and until >= steps // 2):
             break
         left = rungs[-1]["kept"] = better_half(losses)
     model.connector.load_state_dict(start)
     shutil.rmtree(work, ignore_errors=True)
-    best = min(rungs[-1]["tried"], key=lambda row: row["loss"])["rank"]
+    finite = [row for row in rungs[-1]["tried"] if not row["diverged"]]
+    best = min(finite, key=lambda row: row["loss"])["rank"]
     spent = sum(
         (r["steps"] - before) * len(r["tried"])
         for r, before in zip(rungs, [0, *(r["steps"] for r in rungs)], strict=False)
@@ -92,7 +100,7 @@ def search(model, dataset, collator, config: RunConfig, cache) -> dict:
         "schema": SCHEMA,
         "rank": min(near),
         "best": best,
-        "reason": reason(min(near), best, near, len(rungs[-1]["tried"])),
+        "reason": reason(min(near), best, near, len(finite)),
         "candidates": sorted(set(settings.candidates)),
         "validation_samples": len(held_out),
         "rungs": rungs,
@@ -114,6 +122,21 @@ def split(dataset: ConversationDataset, config: RunConfig) -> tuple:
     others = np.setdiff1d(every, np.setdiff1d(drawn, already))
     held_out.samples, held_out.augment = Samples(groups, size, others.tolist()), None
     return learned, held_out
+
+
+def groups_of(held_out: ConversationDataset) -> np.ndarray:
+    """Number of each sample's group, int64 ``(samples,)``.
+
+    Raises:
+        ValueError: there is one group alone, whose error could not be told.
+    """
+    groups = row_groups(held_out.task, held_out.rows)[[sample[0] for sample in held_out.samples]]
+    if len(set(groups.tolist())) == 1:
+        raise ValueError(
+            f"all {len(groups)} samples held out for the rank search are of one group of task "
+            f"{held_out.task.name}; raise rank_search.validation until there are two."
+        )
+    return groups
 
 
 def rung_steps(settings, steps: int) -> list[int]:
@@ -156,29 +179,67 @@ class ValidationLoss(TrainerCallback):
             self.losses = np.array([loss.item() for loss in losses])
 
 
-def rung(steps: int, losses: dict[int, np.ndarray], seconds: dict[int, float]) -> dict:
-    """What was measured at one number of steps; ``losses`` by rank, on the same samples."""
-    best = min(losses, key=lambda rank: losses[rank].mean())
+def rung(
+    steps: int, losses: dict[int, np.ndarray], seconds: dict[int, float], groups: np.ndarray
+) -> dict:
+    """What was measured at one number of steps.
+
+    Args:
+        losses: by rank, on the same samples ``(samples,)``.
+        groups: number of each sample's group ``(samples,)``.
+
+    Raises:
+        ValueError: no loss is finite.
+    """
+    order = ranked(losses)
+    if not order:
+        raise ValueError(
+            f"rank search: the loss of every candidate ({', '.join(map(str, losses))}) diverged "
+            f"within {steps} steps; lower instruct.adapter_learning_rate."
+        )
     tried = []
     for rank, own in losses.items():
-        behind = own - losses[best]
-        error = float(behind.std(ddof=1) / math.sqrt(len(behind)))
-        tried.append({
-            "rank": rank, "loss": float(own.mean()), "behind": float(behind.mean()),
-            "standard_error": error, "within_noise": bool(behind.mean() <= error),
-            "seconds": seconds[rank],
-        })  # fmt: skip
+        row = {"rank": rank, "diverged": not np.isfinite(own.mean()), "loss": None, "behind": None,
+               "standard_error": None, "within_noise": False, "seconds": seconds[rank]}  # fmt: skip
+        if not row["diverged"]:
+            behind = own - losses[order[0]]
+            row |= {"loss": float(own.mean()), "behind": float(behind.mean())}
+            row["standard_error"] = standard_error(behind, groups)
+            row["within_noise"] = row["behind"] <= row["standard_error"]
+        tried.append(row)
     return {"steps": steps, "tried": tried, "kept": None}
 
 
+def standard_error(values: np.ndarray, groups: np.ndarray) -> float:
+    """Of their mean ``(n,)``, where values of a group may be alike; of single ones, the usual.
+
+    The mean is taken as a ratio of sums over groups (W. Cochran, "Sampling Techniques", 3rd
+    edition, 1977, chapter 6).
+    """
+    _, numbers = np.unique(groups, return_inverse=True)
+    sums = np.bincount(numbers, values - values.mean())
+    n = len(sums)
+    return float(math.sqrt(n / (n - 1) * (sums**2).sum()) / len(values))
+
+
+def ranked(losses: dict[int, np.ndarray]) -> list[int]:
+    """Ranks by their mean loss, the lowest first; those that diverged are left out."""
+    finite = [rank for rank, own in losses.items() if np.isfinite(own.mean())]
+    return sorted(finite, key=lambda rank: losses[rank].mean())
+
+
 def better_half(losses: dict[int, np.ndarray]) -> list[int]:
-    """Ranks with the lower mean loss, at least two (the last two are compared by their noise)."""
-    ranked = sorted(losses, key=lambda rank: losses[rank].mean())
-    return sorted(ranked[: max(2, math.ceil(len(ranked) / 2))])
+    """Ranks with the lower mean loss, at least two (the last two are compared by their noise).
+
+    Fewer where others diverged.
+    """
+    return sorted(ranked(losses)[: max(2, math.ceil(len(losses) / 2))])
 
 
 def reason(chosen: int, best: int, near: list[int], compared: int) -> str:
     """Why this rank, in words."""
+    if compared == 1:
+        return f"the loss of {best} alone did not diverge"
     if near == [best]:
         return f"the {compared} trained longest differ by more than noise, and {best} is the best"
     if chosen == best:
@@ -197,9 +258,12 @@ def render(report: dict) -> str:
     ]
     for one in report["rungs"]:
         for row in one["tried"]:
-            behind = f"{row['behind']:.4f} ± {row['standard_error']:.4f}"
+            loss, behind = "diverged", ""
+            if not row["diverged"]:
+                loss = f"{row['loss']:.4f}"
+                behind = f"{row['behind']:.4f} ± {row['standard_error']:.4f}"
             lines.append(
-                f"{one['steps']:>6}{row['rank']:>6}{row['loss']:>9.4f}{behind:>22}"
+                f"{one['steps']:>6}{row['rank']:>6}{loss:>9}{behind:>22}"
                 f"{row['seconds']:>9.1f}"
                 + ("" if one["kept"] is None or row["rank"] in one["kept"] else "  dropped")
             )

@@ -54,8 +54,14 @@ def check(config) -> None:
     """Refuse a recipe whose start lacks its data.
 
     Raises:
-        ValueError: CorDA is to preserve knowledge, and there are no rows of text to see it in.
+        ValueError: CorDA is to preserve knowledge, and there are no rows of text to see it in; or
+            a rank is looked for, with trials that begin before the data is seen.
     """
+    if config.model.rank == "auto" and (how := start_of(config.model.adapter)) in FROM_DATA:
+        raise ValueError(
+            f"model.rank: auto tries ranks of plain starts, adapter has init_lora_weights {how!r}; "
+            "look for the rank without, then set model.rank to it."
+        )
     if _preserves(config.model.adapter) and config.data.replay is None:
         raise ValueError(
             "adapter: corda_method 'kpm' preserves what the LLM does on rows of text, of which "

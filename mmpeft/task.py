@@ -30,6 +30,7 @@ class Task:
     """One data set with its chat form and its score."""
 
     name: ClassVar[str]
+    score_name: ClassVar[str] = "accuracy"  # what :meth:`score` is of a reply
     max_new_tokens: ClassVar[int] = 32
 
     def rows(self, split: str) -> Sequence[dict]:
@@ -49,7 +50,10 @@ class Task:
         return f"{self.name} row {index}"
 
     def group(self, row: dict) -> Hashable | None:
-        """Rows of one group share their first messages and image; training may batch them."""
+        """Rows of one group share their first messages and image; training may batch them.
+
+        Scores that are no accuracy have intervals over groups, since rows of one are alike.
+        """
         return None
 
     def question_type(self, row: dict) -> str:
@@ -66,10 +70,10 @@ class Task:
     def metrics(self, replies: list[str], rows: Sequence[dict]) -> dict[str, Metric]:
         """What ``mmpeft eval`` reports, the metric that stands for the task first.
 
-        By default ``accuracy``, the mean score. A task whose score is no share of right replies
-        names it otherwise.
+        By default the mean score, under ``score_name``. What is named ``accuracy`` is a share of
+        right replies, and has the interval of one; any other score is named otherwise.
         """
-        return {"accuracy": Metric(self.score(replies, rows))}
+        return {self.score_name: Metric(self.score(replies, rows))}
 
 
 def parts(message: dict) -> list[dict]:

@@ -60,6 +60,7 @@ class TextTask(Task):
 class GenerationTask(TextTask):
     """Facts to be put into words. A row has ``facts``, the ``answer`` to learn and all ``refs``."""
 
+    score_name = "rouge_l"
     request: ClassVar[str]  # what is asked for, above the facts
 
     def messages(self, row):

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
 
 from mmpeft import adapters, checkpoint, starts, text_kl
@@ -24,6 +25,7 @@ from mmpeft.processing import BridgeProcessor
 from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
 from mmpeft.training_data import TrainingData
 
+STEPS = "adapter_steps.safetensors"  # what a PEFT method remembers from step to step
 COMPLETE = "complete"  # written last into a Trainer checkpoint; one without it is torn
 
 
@@ -69,17 +71,27 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
 
             settle_rank(model, data.vision, collator, config, cache)
         if final.exists():
-            checkpoint.load_trained(model, final)
+            if not last:
+                checkpoint.load_trained(model, final)
             continue
-        if stage == "instruct":
-            starts.start_from_data(model, config, data, cache)
         folder = run / "stages" / stage
+        if stage == "instruct":
+            begun = last_complete_checkpoint(folder) if resume else None
+            start_adapter(model, config, data, cache, begun)
         # stage align trains the connector alone, which text never meets
         rows, watching = (data.align, callbacks) if stage == "align" else (data.instruct, also)
         train_stage(model, rows, collator, config, stage, folder, resume, cache, watching)
         save_final(model, processor, final)
     print(f"trained: {run}", file=sys.stderr)
     return run
+
+
+def start_adapter(model, config: RunConfig, data: TrainingData, cache, begun: str | None) -> None:
+    """Start the adapter from data if it asks for that, or as in the checkpoint that goes on."""
+    if begun is None:
+        starts.start_from_data(model, config, data, cache)
+    elif starts.start_of(config.model.adapter) in starts.FROM_DATA:  # may have moved ranks
+        model.replace_adapter(checkpoint.adapter_config(begun), new=False)
 
 
 def check_run_folder(run: Path, resolved: str, resume: bool) -> None:
@@ -150,10 +162,11 @@ def train_stage(
 ) -> None:  # fmt: skip
     """One stage on ``transformers.Trainer``."""
     arguments = getattr(config, stage)
-    if arguments.n_gpu > 1:
+    if arguments.n_gpu > 1 or arguments.world_size > 1:
         raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible to one process, which would share each row out "
-            "among them; launch with torchrun, or choose one by CUDA_VISIBLE_DEVICES."
+            f"training runs in one process on one device, here are {arguments.world_size} "
+            f"processes with {arguments.n_gpu} GPUs each; start one with `mmpeft train`, and "
+            "choose its GPU by CUDA_VISIBLE_DEVICES."
         )
     arguments.output_dir = str(folder)
     arguments.seed = arguments.data_seed = config.seed
@@ -264,22 +277,36 @@ class BridgeTrainer(Trainer):
                 self.args.adapter_learning_rate,
             ),
         ]
-        groups = [([p for p in ps if p.requires_grad], lr) for ps, lr in groups]
+        groups = [
+            {"params": own, "lr": lr, "weight_decay": self.args.weight_decay if decays else 0.0}
+            for parameters, lr in groups
+            for decays, own in _by_decay(p for p in parameters if p.requires_grad)
+        ]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class(
-            [{**options, "params": ps, "lr": lr} for ps, lr in groups if ps],
-            weight_decay=self.args.weight_decay,
-        )
+        self.optimizer = optimizer_class([options | group for group in groups])
         return self.optimizer
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if state := self.adapter_steps and self.adapter_steps.state():
+            save_file(state, folder / STEPS)
         os.sync()
         (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint.load_trained(self.model, resume_from_checkpoint)
+        if self.adapter_steps and (file := Path(resume_from_checkpoint, STEPS)).is_file():
+            self.adapter_steps.load_state(load_file(file))
+
+
+def _by_decay(parameters) -> list[tuple[bool, list]]:
+    """Parameters that decay, and those that do not: biases and norms, as in transformers."""
+    parameters = list(parameters)
+    parts = [
+        (decays, [p for p in parameters if (p.dim() > 1) is decays]) for decays in (True, False)
+    ]
+    return [(decays, own) for decays, own in parts if own]
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -339,12 +366,12 @@ def draw_loss(rows: list[dict], path: Path) -> None:
             steps, losses = zip(*points, strict=True)
             axes.plot([offset + step for step in steps], losses, label=stage)
             offset += steps[-1]
-    axes.set(ylabel="loss (nats per supervised token)", ylim=(0, None))
+    axes.set(ylabel="loss, with penalties\n(nats per supervised token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     if offset:
         axes.legend()
     if watched:
-        below[0].set(ylabel="vision: accuracy, %\ntext: bridge - base, points")
+        below[0].set(ylabel="vision: score, %\ntext: bridge - base, points")
         below[0].axhline(0, color="grey", linewidth=0.8)
         below[0].grid(alpha=0.3)
         below[0].legend()

@@ -7,12 +7,14 @@ are split, and the scores compare with no published ones.
 Source: Reddy, Chen and Manning 2019 (arXiv 1808.07042); licences differ by kind of story.
 """
 
+import os
 import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmpeft.task import Metric
 from mmpeft.text_task import TextTask, field, read_json
@@ -29,6 +31,7 @@ class CoQA(TextTask):
     """
 
     name = "coqa"
+    score_name = "f1"
     max_new_tokens = 48
 
     train: str | None = "data/coqa/coqa-train-v1.0.json"
@@ -47,7 +50,7 @@ class CoQA(TextTask):
             _story(entry, f"{path} story {number}")
             for number, entry in enumerate(field(read_json(path), "data", list, str(path)), 1)
         ]
-        if self.train == self.test:
+        if self._in_one_file():
             stories = self._part(stories, split)
         if split == "train":
             return stories
@@ -57,6 +60,11 @@ class CoQA(TextTask):
             for turns in [story["turns"]]
             for n in range(len(turns))
         ]
+
+    def _in_one_file(self) -> bool:
+        paths = [self.train, self.test]
+        here = all(path is not None and Path(path).is_file() for path in paths)
+        return here and os.path.samefile(*paths)
 
     def _part(self, stories: list[dict], split: str) -> list[dict]:
         order = list(range(len(stories)))
@@ -74,6 +82,9 @@ class CoQA(TextTask):
                 {"role": "assistant", "content": answers[0]},
             ]
         return chat
+
+    def group(self, row):
+        return row["story"]
 
     def question_type(self, row):
         return row["source"]

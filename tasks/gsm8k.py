@@ -12,7 +12,8 @@ from decimal import Decimal
 
 from mmpeft.text_task import TextTask, field, read_jsonl
 
-NUMBER = re.compile(r"-?\$?\s?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+# a minus stands directly before the number, and behind no other: 10-12 and x - 3 have none
+NUMBER = re.compile(r"(?:(?<![\w)\]}%])-)?(?:\$\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """mmpeft compare: what a grid means, cells as processes, resuming, and the table by hand."""
 
+import copy
 import json
 import math
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmpeft import cli
+from mmpeft import __version__, cli
 from mmpeft.compare import figures, run, table
+from mmpeft.compare import grid as grids
 from mmpeft.compare.cell import CellConfig, read_result, run_cell
 from mmpeft.compare.grid import load_grid, put
 from mmpeft.config import from_mapping
@@ -89,8 +91,23 @@ def test_a_step_is_keyed_by_what_its_result_depends_on(write_grid):
     assert set(plain) == {"train", "score"} and shown == plain
     assert steps["train"] != plain["train"] and steps["score"] != plain["score"]
     assert fewer["train"] == plain["train"] and fewer["score"] != plain["score"]
+    batch = keys(evaluate={"samples": 4, "batch_size": 2})  # rounds otherwise
+    assert batch["train"] == plain["train"] and batch["score"] != plain["score"]
     kept = keys(retain={"samples": 3})
     assert {step: kept[step] for step in plain} == plain and "retention" in kept
+
+
+def test_results_of_another_version_are_not_taken_for_this_ones(
+    write_grid, in_process, monkeypatch
+):
+    grid = write_grid(axes={"rank": {2: AXES["rank"][2]}}, exclude=[])
+    run.compare(grid)
+    kept = read_result(grid.parent / "out/cells/2,seed0")
+    assert kept["environment"]["packages"].keys() >= {"mmpeft", "torch", "peft"}
+    for module in (grids, run):
+        monkeypatch.setattr(module, "__version__", "99.0")
+    with pytest.raises(ValueError, match=rf"2,seed0 \(mmpeft: {__version__} -> 99.0\)\. Run"):
+        run.compare(grid)
 
 
 def test_a_key_is_put_where_it_belongs():
@@ -209,8 +226,6 @@ def test_results_of_another_configuration_are_never_replaced_unasked(write_grid,
 
 
 def test_labels_and_hashes_that_look_like_numbers_stay_words(write_grid, monkeypatch):
-    from mmpeft.compare import grid as grids
-
     seen = []
 
     def start(folder, log, lock):
@@ -244,8 +259,95 @@ def test_a_cell_that_another_process_runs_is_left_to_it(write_grid, in_process, 
     folder.mkdir(parents=True)
     with run.held(folder):
         report = run.compare(grid)
-    assert in_process == ["4,seed0"] and report["missing"] == ["2,seed0"]
+        (folder / "log.txt").write_text("1/9 steps")
+        again = run.redraw(grid.parent / "out")
+    assert in_process == ["4,seed0"] and report["running"] == again["running"] == ["2,seed0"]
+    assert not again["failures"] and not again["missing"] and not again["complete"]
+    assert "running: 2,seed0" in table.render(again)
     assert "2,seed0: another process is at work on it" in capsys.readouterr().err
+
+
+def test_a_log_of_another_configuration_is_no_failure(write_grid, monkeypatch):
+    monkeypatch.setattr(run, "start", lambda folder, log, lock: log.write("oh no\n"))
+    axes = {"rank": {2: AXES["rank"][2]}}
+    run.compare(write_grid(axes=axes, exclude=[]))
+    seen = []
+
+    def start(folder, log, lock):
+        seen.append(json.loads((grid.parent / "out/compare.json").read_text()))
+        return 1
+
+    monkeypatch.setattr(run, "start", start)
+    grid = write_grid(axes=axes, exclude=[], overrides={"align": None, "instruct.max_steps": 1})
+    run.compare(grid)
+    assert seen[0]["missing"] == ["2,seed0"] and not seen[0]["failures"]
+
+
+def test_the_table_grows_with_every_cell_and_a_wrong_metric_ends_at_the_first(
+    write_grid, in_process, monkeypatch
+):
+    rows, start = [], run.start
+
+    def counted(folder, log, lock):
+        rows.append(len(json.loads((grid.parent / "out/compare.json").read_text())["rows"]))
+        return start(folder, log, lock)
+
+    monkeypatch.setattr(run, "start", counted)
+    axes = {"axes": {"rank": AXES["rank"]}, "exclude": []}
+    grid = write_grid(**axes)
+    run.compare(grid)
+    assert rows == [0, 1]
+    grid = write_grid(**axes, evaluate={"samples": 4, "metric": "bleu"})
+    with pytest.raises(ValueError, match="evaluate.metric 'bleu': the task has accuracy"):
+        run.compare(grid, str(grid.parent / "other"))
+    assert len(in_process) == 3
+
+
+def test_what_a_grid_no_longer_measures_is_not_in_its_table(write_grid, in_process, monkeypatch):
+    from mmpeft.compare import cell
+
+    retained = result({}, 0, 0, -0.1)["retention"]
+    monkeypatch.setattr(cell, "retain_cell", lambda *args: retained)
+    axes = {"axes": {"method": {"lora": None}}, "exclude": []}
+    assert run.compare(write_grid(**axes, retain={"modes": ["text"]}))["modes"] == ["text"]
+    again = {"axes": {"method": {"lora": None, "ia3": AXES["method"]["ia3"]}}, "exclude": []}
+    report = run.compare(write_grid(**again))
+    assert in_process == ["lora,seed0", "ia3,seed0"]
+    assert report["modes"] == [] and len(report["rows"]) == 2
+    assert report["rows"][0]["retention"] == {} and "retention" not in table.render(report)
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch):
+    from mmpeft.compare import cell
+
+    kept = tmp_path / "checkpoint"
+    kept.mkdir()
+    (kept / "weights").write_text("w")
+
+    def killed(path, **_):
+        if Path(path).exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cell.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cell.discard(kept)
+    assert not kept.exists()
+    kept.mkdir()
+    cell.discard(kept)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_search_for_a_rank_is_time_of_training(write_grid, in_process):
+    auto = {"model.rank": "auto", "rank_search.candidates": [1, 2], "rank_search.steps": 2,
+            "rank_search.validation": 4}  # fmt: skip
+    grid = write_grid(axes={"rank": {"auto": auto}}, exclude=[])
+    report = run.compare(grid)
+    own = grid.parent / "out/cells/auto,seed0/run"
+    searched = json.loads((own / "rank_search.json").read_text())["seconds"]
+    logged = map(json.loads, (own / "metrics.jsonl").read_text().splitlines())
+    trained = sum(row.get("train_runtime", 0) for row in logged)
+    assert report["rows"][0]["train_seconds"] == pytest.approx(searched + trained)
 
 
 def test_retention_is_measured_against_the_base(write_grid, in_process, monkeypatch):
@@ -340,7 +442,56 @@ def test_without_an_adapter_there_is_no_retention_to_measure(write_grid):
     assert found == {"text": None}
     report = pooled([result({"m": "a"}, 0, 0.5) | {"retention": found}], {"m": ["a"]})
     (row,) = report["rows"]
-    assert row["retention"] == {"text": None} and "-" in table.cells(row)
+    assert row["retention"] == {"text": None} and "-" in table.cells(report, row)
+
+
+def under_columns(report):
+    """The table as one mapping of column to cell a row."""
+    names = table.columns(report)
+    return [dict(zip(names, table.cells(report, row), strict=True)) for row in report["rows"]]
+
+
+def test_rows_that_lack_something_stay_under_their_columns():
+    full = result({"m": "b"}, 0, 0.6, -0.02)
+    for other, value in (("meteor", 0.3), ("bleu", 0.2)):
+        full["score"]["metrics"][other] = {"value": value, "ci95": [0, 1], "controls": {}}
+    half = copy.deepcopy(full)
+    del half["score"]["metrics"]["meteor"]
+    half |= {"seed": 1, "retention": {"text": full["retention"]["text"]}}
+    report = pooled([result({"m": "a"}, 0, 0.5), full, half], {"m": ["a", "b"]}, "accuracy")
+    assert report["metrics"] == ["accuracy", "meteor", "bleu"]
+    first, second = under_columns(report)
+    assert (first["meteor"], first["bleu"], first["retention text"]) == ("-", "-", "-")
+    assert first["front"] == "" and second["front"] == "text"
+    assert second["meteor"] == "0.300 [0.000, 1.000]* (1 of 2 seeds)"
+    assert second["bleu"] == "0.200 [0.200, 0.200]"
+    meteor = report["rows"][1]["metrics"]["meteor"]
+    assert meteor["seeds"] == [0] and meteor["values"] == [0.3]
+    for write in (table.render, table.as_markdown, table.as_csv):
+        assert write(report)
+    headline = pooled([result({"m": "a"}, 0, 0.5), full], {"m": ["a", "b"]}, "meteor")
+    assert [row["on_front"] for row in headline["rows"]] == [{}, {"text": True}]
+    assert under_columns(headline)[0]["meteor less first row"] == "-"
+
+
+def test_a_row_is_compared_with_the_first_seed_by_seed():
+    values = {"a": (0.5, 0.6, 0.7), "b": (0.52, 0.63, 0.74), "c": (0.4,)}
+    results = [result({"m": m}, seed, value)
+               for m, own in values.items() for seed, value in enumerate(own)]  # fmt: skip
+    report = pooled(results, {"m": list(values)})
+    first, second, third = (row["metrics"]["accuracy"]["difference"] for row in report["rows"])
+    half = 4.302652730 * 0.01 / math.sqrt(3)
+    assert first is None and second["mean"] == pytest.approx(0.03)
+    assert second["ci95"] == pytest.approx([0.03 - half, 0.03 + half])
+    assert second["values"] == pytest.approx([0.02, 0.03, 0.04]) and second["seeds"] == [0, 1, 2]
+    assert third["mean"] == pytest.approx(-0.1) and third["ci95"] is None
+    column = [row["accuracy less first row"] for row in under_columns(report)]
+    assert column == ["-", "+3.0 [+0.5, +5.5]", "-10.0"]
+    text = table.render(report)
+    assert "the difference to a, paired by seed" in text and "share of the data" in text
+    lines = [line.split(",") for line in table.as_csv(report).splitlines()]
+    written = dict(zip(lines[0], lines[2], strict=True))
+    assert float(written["accuracy_less_first_low"]) == second["ci95"][0]
 
 
 def test_a_metric_that_the_task_lacks_is_named():
@@ -367,7 +518,21 @@ def test_figures_are_drawn_where_they_have_something_to_show(tmp_path):
     figures.draw_front(report, tmp_path / "front.png")
     figures.draw_ranks(report, tmp_path / "rank.png")
     assert {path.name for path in tmp_path.iterdir()} == {"front.png", "rank.png"}
+    # no row has a point in a mode: its panel is left out
+    for row in report["rows"]:
+        row["retention"]["after_image"] = None
+    figures.draw_front(report | {"modes": ["text", "after_image"]}, tmp_path / "front.png")
     plain = pooled([result({"m": "a"}, 0, 0.5)], {"m": ["a"]})
     figures.draw_front(plain, tmp_path / "none.png")
     figures.draw_ranks(plain, tmp_path / "none.png")
+    figures.draw_ranks(pooled([], {"rank": ["2", "4"]}), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_points_have_the_numbers_of_their_rows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    results = [result({"m": "a"}, 0, 0.5), result({"m": "b"}, 0, 0.6, -0.02)]
+    figures.draw_front(pooled(results, {"m": ["a", "b"]}), tmp_path / "front.png")
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert "2" in texts and "2  b" in texts and "1" not in texts

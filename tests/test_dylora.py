@@ -30,6 +30,7 @@ def filled(rank=6, frozen=False, bias=True):
 def test_values_of_every_rank_by_hand(rank):
     layer = filled().eval()
     layer.rank = rank
+    layer.cut()
     x = torch.randn(2, 4, 8)
     down, up = layer.dylora_A["default"].weight, layer.dylora_B["default"].weight
     update = sum(torch.outer(up[:, i], down[i]) for i in range(rank)) * 12 / rank
@@ -38,18 +39,33 @@ def test_values_of_every_rank_by_hand(rank):
     before = layer.base_layer.weight.clone()
     merged = (layer.merge(), layer(x))[1]
     torch.testing.assert_close(merged, expected)
-    layer.unmerge()
-    torch.testing.assert_close(layer.base_layer.weight, before)
+    layer.merge()  # once is all
+    torch.testing.assert_close(layer(x), expected)
+    layer.enable_adapters(False)
+    assert torch.equal(layer.base_layer.weight, before)
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_step_trains_the_directions_up_to_its_rank_or_the_last_alone(frozen):
     layer = filled(frozen=frozen).train()
     layer.drawn = 3
+    layer.cut()
     layer(torch.randn(2, 4, 8)).square().sum().backward()
     reached = layer.dylora_A["default"].weight.grad.abs().sum(1) > 0
     assert reached.tolist() == [not frozen, not frozen, True, False, False, False]
     assert ((layer.dylora_B["default"].weight.grad.abs().sum(0) > 0) == reached).all()
+
+
+def test_until_a_rank_is_drawn_the_deployed_one_is_in_use():
+    """A stage that trains the connector alone must see what will be deployed."""
+    layer = filled()
+    layer.rank, x = 2, torch.randn(2, 4, 8)
+    deployed = layer.eval()(x)
+    assert torch.equal(layer.train()(x), deployed)
+    layer.drawn = 5
+    layer.cut()
+    assert not torch.allclose(layer(x), deployed) and torch.equal(layer.eval()(x), deployed)
 
 
 def test_a_step_draws_one_rank_for_all_layers_and_every_rank_in_time(make_bridge):
@@ -164,6 +180,44 @@ def test_adaloras_penalty_is_pefts(make_bridge):
     whole = model.language_model.base_model(input_ids=ids, labels=ids).loss
     penalty = steps_of(model.language_model).penalty(model, {})
     torch.testing.assert_close(penalty, whole - without)
+
+
+def test_adalora_resumed_equals_uninterrupted(llm_dir):
+    """The averages that choose ranks go on, too."""
+
+    def run(stop=None):
+        torch.manual_seed(0)
+        adapter = AdaLoraConfig(init_r=6, target_r=2, tinit=2, tfinal=3, total_step=14, deltaT=1,
+                                target_modules=TARGETS)  # fmt: skip
+        llm = AutoModelForCausalLM.from_pretrained(llm_dir).requires_grad_(False)
+        llm, steps = attach_adapter(llm, adapter), None
+        ids = torch.randint(3, 250, (14, 2, 16), generator=torch.Generator().manual_seed(1))
+        for step in range(14):
+            if steps is None or step == stop:  # told anew, as after a restart
+                kept, steps = steps and steps.state(), steps_of(llm)
+                for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+                    setattr(steps.tuner.rankallocator, name, {})
+                steps.load_state(kept or {})
+            steps.begin_step(step, 14)
+            llm.zero_grad()
+            llm(input_ids=ids[step], labels=ids[step]).loss.backward()
+            with torch.no_grad():
+                for p in llm.parameters():
+                    if p.grad is not None:
+                        p -= 0.1 * p.grad
+            steps.end_step(step + 1)
+        return {n: p.clone() for n, p in llm.named_parameters() if "lora_" in n}
+
+    whole = run()
+    for stop in (5, 10, 12):
+        torch.testing.assert_close(run(stop), whole, atol=1e-5, rtol=1e-3)
+
+
+def test_adalora_keeps_fewer_ranks_than_it_begins_with(make_bridge):
+    adapter = AdaLoraConfig(init_r=4, target_r=4, total_step=10, target_modules=TARGETS)
+    model, _ = make_bridge("none", adapter=adapter)
+    with pytest.raises(ValueError, match="target_r 4 must be less than init_r 4"):
+        steps_of(model.language_model).begin_step(0, 10)
 
 
 @pytest.mark.parametrize("adapter", ["DyLoraConfig", "AdaLoraConfig"])

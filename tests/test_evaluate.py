@@ -4,6 +4,7 @@ import json
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from mmpeft import evaluate as e
@@ -68,6 +69,26 @@ def test_interval_is_wilsons(seen, images):
     report, _ = e.evaluate(None, None, Planted(pictures=images))
     # Wilson score interval for 2 of 3, by hand: centre (2/3 + z2/6) / (1 + z2/3)
     assert report["ci95"] == pytest.approx([0.2077, 0.9385], abs=1e-3)
+
+
+def interval(name, rows, groups):
+    rows = np.asarray(rows, float)
+    return e._interval(name, rows, lambda some: some.mean(), np.asarray(groups), 0)
+
+
+def test_the_kind_of_interval_is_that_of_the_metric_not_of_its_values():
+    assert interval("cider", [0.0] * 5, range(5)) == [0, 0]  # as that of any other constant
+    assert interval("accuracy", [0.0] * 5, range(5)) == pytest.approx([0, 0.434482], abs=1e-5)
+
+
+def test_rows_of_a_group_are_drawn_together():
+    values = np.random.default_rng(0).random(40)
+    alone = interval("f1", values, range(40))
+    apart = interval("f1", np.repeat(values, 10), range(400))
+    together = interval("f1", np.repeat(values, 10), np.repeat(np.arange(40)[::-1] * 2, 10))
+    width = [high - low for low, high in (alone, apart, together)]
+    assert width[2] == pytest.approx(width[0], rel=0.15)  # ten times the same says no more
+    assert width[1] == pytest.approx(width[0] / np.sqrt(10), rel=0.15)
 
 
 def test_withheld_has_no_image_and_shuffled_has_anothers(seen, images):

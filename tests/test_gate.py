@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from mmpeft.gate import gate_behind, gate_mask
+from mmpeft.adapters import attach_adapter
+from mmpeft.gate import Gate, gate_behind, gate_mask
 from mmpeft.packing import Block, PackedRow
 
 from .conftest import model_inputs, user
@@ -140,6 +141,36 @@ def test_adapters_that_cannot_be_gated_are_refused(make_bridge):
     with pytest.raises(ValueError, match="gate 'sample' cannot be on .*mlp.* changes the weight"):
         make_bridge("sample", adapter=adapter)
     make_bridge("none", adapter=adapter)
+
+
+def test_a_mask_of_floats_does_not_say_who_sees_whom():
+    mask = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"\(B, 1, T, T\) is torch.float32; gate 'after_image'"):
+        gate_mask("after_image", torch.tensor([[1, 0]]), attention_mask=mask)
+
+
+def test_a_layer_of_peft_that_sees_heads_apart_takes_a_gate_by_rows_alone(llm_dir):
+    from peft import LNTuningConfig
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(vocab_size=64, hidden_size=16, intermediate_size=16, head_dim=8,
+                              num_hidden_layers=1, num_attention_heads=4,
+                              num_key_value_heads=4)  # fmt: skip
+    llm = attach_adapter(Gemma3ForCausalLM(config), LNTuningConfig(target_modules=["q_norm"]))
+    gate, ids = Gate(llm, "image_tokens"), torch.arange(4)[None]  # as many tokens as heads
+    gate.mask = torch.tensor([[False, True, True, False]])
+    with pytest.raises(ValueError, match="q_norm.* does not say which dimension counts tokens"):
+        llm(input_ids=ids)
+    gate.mask = torch.tensor([[False]])
+    shut = llm(input_ids=ids).logits
+    with llm.disable_adapter():
+        assert torch.equal(shut, llm(input_ids=ids).logits)
+
+
+def test_a_new_adapter_is_in_the_mode_of_the_bridge(tiny):
+    model, _ = tiny
+    model.eval().replace_adapter(LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    assert not any(module.training for module in model.language_model.modules())
 
 
 def test_unknown_gate_and_gate_without_adapter(make_bridge):

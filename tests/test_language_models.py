@@ -36,6 +36,7 @@ from mmpeft.language_model import (
 )
 from mmpeft.packing import share_prefix
 from mmpeft.prefix import SharedPrompts
+from mmpeft.tuners.prompt import PromptConfig
 
 from .conftest import assistant, model_inputs, user
 
@@ -508,3 +509,13 @@ def test_a_gguf_file_comes_out_dense_and_trainable(gguf_file, by, make_bridge, i
     model.eval()
     again = BridgeForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+def test_a_prompt_starts_as_text_by_the_tokenizer_of_a_gguf_file(gguf_file, make_bridge):
+    path, _ = gguf_file
+    (path.parent / "other.gguf").touch()  # so that the folder would not do
+    prompt = PromptConfig(num_virtual_tokens=3, init="text", init_text="cd")
+    model, _ = make_bridge("none", adapter=prompt, language_model=str(path))
+    found = model.language_model.base_model.prompt_embeddings["default"]
+    ids = load_tokenizer(str(path), None)("cdc", add_special_tokens=False).input_ids
+    assert torch.equal(found, model.get_input_embeddings().weight[ids])

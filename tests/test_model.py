@@ -174,7 +174,7 @@ def test_a_target_that_hits_nothing_is_an_error(make_bridge):
 @pytest.mark.parametrize(("option", "value"), [
     ("init_lora_weights", "lora_ga"), ("bias", "lora_only"),
     ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]), ("layer_replication", [(0, 2)]),
-    ("trainable_token_indices", [1]),
+    ("trainable_token_indices", [1]), ("use_qalora", True), ("alora_invocation_tokens", [1]),
 ])  # fmt: skip
 def test_an_adapter_that_is_more_than_an_addition_is_refused(make_bridge, option, value):
     from peft import LoraConfig

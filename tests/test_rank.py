@@ -1,6 +1,7 @@
 """``model.rank: auto``: halving and the choice by hand, the search end to end, resuming."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,11 +49,41 @@ def test_noise_is_one_standard_error_of_paired_differences():
         8: best + np.array([0.1, -0.1, 0.1, 0.0]),  # mean .025, sd .0957, error .0479
         4: best + np.array([0.1, 0.1, 0.1, 0.0]),  # mean .075, sd .05, error .025
     }
-    found = {row["rank"]: row for row in rank.rung(9, losses, dict.fromkeys(losses, 1))["tried"]}
+    tried = rank.rung(9, losses, dict.fromkeys(losses, 1), np.arange(4))["tried"]
+    found = {row["rank"]: row for row in tried}
     assert found[8]["behind"] == pytest.approx(0.025)
     assert found[8]["standard_error"] == pytest.approx(0.0957427 / 2, rel=1e-5)
     assert found[4]["standard_error"] == pytest.approx(0.025)
     assert [r for r, row in found.items() if row["within_noise"]] == [16, 8]
+
+
+def test_samples_of_a_group_are_no_independent_ones():
+    values = np.array([0.1, -0.1, 0.1, 0.0])
+    assert rank.standard_error(values, np.arange(4)) == pytest.approx(0.0957427 / 2, rel=1e-5)
+    # each sample four times over says no more than once
+    often = rank.standard_error(np.repeat(values, 4), np.repeat([7, 3, 5, 9], 4))
+    assert often == pytest.approx(0.0957427 / 2, rel=1e-5)
+    # groups of 3 and 1: mean 3, sums less the mean -3 and 3; sqrt(2/1 * 18) / 4
+    uneven = rank.standard_error(np.array([1.0, 2.0, 3.0, 6.0]), np.array([0, 0, 0, 1]))
+    assert uneven == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("gone", [np.nan, np.inf])
+def test_a_candidate_that_diverged_is_dropped_and_reported(gone):
+    ok, seconds = np.array([1.0, 2.0, 3.0]), dict.fromkeys((2, 4, 8, 16), 1.0)
+    losses = {2: np.array([gone, 1.0, 1.0]), 4: ok + np.eye(3)[0] / 9, 8: ok, 16: ok + 9}
+    rung = rank.rung(5, losses, seconds, np.arange(3))
+    first, second, third, _ = rung["tried"]
+    assert first["diverged"] and first["loss"] is None and not first["within_noise"]
+    assert not third["diverged"] and third["behind"] == 0 and second["within_noise"]
+    json.dumps(rung, allow_nan=False)
+    assert rank.better_half(losses) == [4, 8]
+    assert rank.better_half({2: losses[2], 8: ok}) == [8]
+    report = {"validation_samples": 3, "rungs": [rung | {"kept": [4, 8]}], "rank": 4, "steps": 20,
+              "reason": "so", "share_of_stage": 0.5, "seconds": 1}  # fmt: skip
+    assert "diverged" in rank.render(report).splitlines()[2]
+    with pytest.raises(ValueError, match=r"candidate \(2, 4\) diverged within 5 steps; lower"):
+        rank.rung(5, {2: losses[2], 4: losses[2]}, seconds, np.arange(3))
 
 
 def test_no_group_is_on_both_sides_and_retention_keeps_its_rows(recipe):
@@ -77,6 +108,12 @@ def test_no_group_is_on_both_sides_and_retention_keeps_its_rows(recipe):
     pictures = [{n // 3 for n in part} for part in (*rows, dataset.held_out)]
     assert len(rows[1]) >= 4 and sum(map(len, pictures)) == 4
     assert set.union(*pictures) == {0, 1, 2, 3}
+    groups = rank.groups_of(held_out)
+    assert len(groups) == len(held_out.samples) and len(set(groups)) == len(pictures[1])
+    held_out.samples = [held_out.samples[0]] * 2
+    held_out.task.name = "pictures"
+    with pytest.raises(ValueError, match="all 2 samples held out .* one group of task pictures"):
+        rank.groups_of(held_out)
 
 
 def test_the_rank_is_found_before_instruct_and_the_connector_left_alone(recipe, capsys):
@@ -119,19 +156,16 @@ def test_a_resumed_run_keeps_the_rank_it_found(recipe, monkeypatch):
     train(recipe, [*AUTO, *steps], resume=True)  # complete: nothing to do
 
 
-def test_the_search_finds_the_rank_that_a_task_needs(monkeypatch):
-    """Losses known in advance: rank 2 falls behind late, 8 and 16 are the same."""
+@pytest.fixture
+def search_known(monkeypatch):
+    """The search where training gives losses known in advance, of a rank and its steps."""
     monkeypatch.setattr(rank, "train_stage", lambda *a, **k: None)
-    rng = np.random.default_rng(0)
-    base = rng.normal(2, 0.3, 64)
 
     class Known(rank.ValidationLoss):
         asked = ()
 
-        def __init__(self, dataset):
-            of, until = Known.asked
-            short = max(0, 8 - of) * 0.02 * until / 40
-            self.losses = base + short + rng.normal(0, 0.001, 64) + 1 / until
+        def __init__(self, losses):
+            self.losses = losses(*Known.asked)
 
     def candidate(config, of, until, steps):
         Known.asked = of, until
@@ -149,15 +183,68 @@ def test_the_search_finds_the_rank_that_a_task_needs(monkeypatch):
 
     monkeypatch.setattr(rank, "ValidationLoss", Known)
     monkeypatch.setattr(rank, "candidate", candidate)
-    monkeypatch.setattr(rank, "split", lambda *a: (None, base))
-    monkeypatch.setattr(rank, "total_steps", lambda *a: 160)
-    settings = Anything()
-    settings.rank_search = RankSearchConfig(candidates=[16, 2, 4, 8], steps=None)
-    settings.output_dir, settings.seed = "nowhere", 0
-    report = rank.search(Anything(), [None] * 64, None, settings, None)
+
+    class Losses:
+        def __init__(self, of):
+            self.of = of
+
+        def __call__(self, *asked):
+            return self.of(*asked)
+
+        def __len__(self):
+            return 64
+
+    monkeypatch.setattr(rank, "groups_of", lambda held_out: np.arange(64))
+    monkeypatch.setattr(rank, "total_steps", lambda stage, samples: samples * 5 // 2)
+
+    def search(losses, replay=None, **given):
+        monkeypatch.setattr(rank, "split", lambda *a: (None, Losses(losses)))
+        settings = Anything()
+        settings.rank_search = RankSearchConfig(**given)
+        settings.data = SimpleNamespace(replay=replay, replay_share=0.2)
+        settings.output_dir, settings.seed = "nowhere", 0
+        return rank.search(Anything(), [None] * 64, None, settings, None)
+
+    return search
+
+
+def test_the_search_finds_the_rank_that_a_task_needs(search_known):
+    """Rank 2 falls behind late, 8 and 16 are the same."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(2, 0.3, 64)
+
+    def losses(of, until):
+        short = max(0, 8 - of) * 0.02 * until / 40
+        return base + short + rng.normal(0, 0.001, 64) + 1 / until
+
+    report = search_known(losses, candidates=[16, 2, 4, 8], steps=None)
     assert report["rank"] == 8 and [one["steps"] for one in report["rungs"]] == [20, 40]
     assert report["rungs"][0]["kept"] == [8, 16]
     assert report["steps"] == 4 * 20 + 2 * 20 or len(report["rungs"]) == 1
+
+
+def test_what_is_alike_at_half_of_odd_steps_is_not_trained_on(search_known):
+    report = search_known(lambda of, until: np.arange(64.0), candidates=[2, 4, 8], steps=5)
+    assert [one["steps"] for one in report["rungs"]] == [2] and report["rank"] == 2
+
+
+def test_the_share_is_that_of_the_stage_with_its_replay(search_known):
+    given = {"candidates": [2, 4], "steps": 40}
+    plain = search_known(lambda of, until: np.arange(64.0), **given)
+    mixed = search_known(lambda of, until: np.arange(64.0), replay="some", **given)
+    assert plain["share_of_stage"] == 80 / 160 and mixed["share_of_stage"] == 80 / 200
+
+
+def test_a_rank_that_is_alone_left_is_taken(search_known):
+    def losses(of, until):
+        return np.full(64, np.nan if of > 2 else 1.0)
+
+    report = search_known(losses, candidates=[2, 4, 8], steps=8)
+    assert report["rank"] == report["best"] == 2
+    assert report["reason"] == "the loss of 2 alone did not diverge"
+    assert [row["rank"] for row in report["rungs"][-1]["tried"]] == [2]
+    with pytest.raises(ValueError, match="diverged within 4 steps"):
+        search_known(lambda of, until: np.full(64, np.inf), candidates=[2, 4, 8], steps=8)
 
 
 def test_a_rank_is_set_on_any_adapter_that_has_one(recipe):
@@ -192,4 +279,25 @@ def test_a_rank_is_set_on_any_adapter_that_has_one(recipe):
 )
 def test_a_mistake_is_named(recipe, options, message):
     with pytest.raises(ValueError, match=message):
+        train(recipe, options)
+
+
+def test_a_rank_beside_a_pattern_of_ranks_is_refused():
+    from peft import LoraConfig
+
+    from mmpeft.config import of_rank
+    from mmpeft.tuners.dylora import DyLoraConfig
+
+    with pytest.raises(ValueError, match="rank_pattern set ranks"):
+        of_rank(LoraConfig(rank_pattern={"q_proj": 2}), 4)
+    with pytest.raises(ValueError, match="rank is 8; it must lie in 1 to r, 4"):
+        of_rank(DyLoraConfig(r=16, rank=8), 4)
+    assert of_rank(LoraConfig(r=16, lora_alpha=3), 4).lora_alpha == 3
+
+
+def test_a_rank_is_not_looked_for_with_a_start_out_of_data(recipe):
+    from mmpeft.train import train
+
+    options = ["--model.rank", "auto", "--model.adapter.init_lora_weights", "eva"]
+    with pytest.raises(ValueError, match="rank: auto tries ranks of plain starts.*'eva'"):
         train(recipe, options)

@@ -1,6 +1,7 @@
 """What keeps text as it was while training: the KL to the base, and starts that leave the base."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -367,13 +368,14 @@ def test_eva_reads_every_sample_once(make_bridge, images):
         ("corda", "corda_config: {corda_method: kpm}"),
     ],
 )  # fmt: skip
-def test_a_recipe_with_a_start(recipe, replay, capsys, how, options):  # noqa: F811
+def test_a_recipe_with_a_start(recipe, replay, capsys, monkeypatch, how, options):  # noqa: F811
     written = recipe.read_text()
     recipe.write_text(
         written.replace("r: 4,", f"r: 2, init_lora_weights: {how}, {options and options + ', '}")
     )
-    run = train(recipe, [*replay, "--data.start_samples", "8", "--speed.feature_cache", "on",
-                         "--speed.feature_cache_dir", str(recipe.parent / "features")])  # fmt: skip
+    given = [*replay, "--data.start_samples", "8", "--speed.feature_cache", "on",
+             "--speed.feature_cache_dir", str(recipe.parent / "features")]  # fmt: skip
+    run = train(recipe, given)
     expected = "" if how == "pissa" else f"adapter: starts by {how} from"
     assert expected in capsys.readouterr().err
     model, _ = mmpeft.load(run)
@@ -381,6 +383,13 @@ def test_a_recipe_with_a_start(recipe, replay, capsys, how, options):  # noqa: F
     trained = model.language_model(ids).logits
     with model.disable_adapter():
         assert not trained.equal(model.language_model(ids).logits)
+    weights = (run / "checkpoint" / "adapter" / "adapter_model.safetensors").read_bytes()
+    train(recipe, given, resume=True)  # nothing is left to do
+    shutil.rmtree(run / "checkpoint")
+    monkeypatch.setattr(starts, "corda", None)  # what the start was stands in the checkpoint
+    monkeypatch.setattr(starts, "eva", None)
+    train(recipe, given, resume=True)
+    assert (run / "checkpoint" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     if "kpm" in options:
         with pytest.raises(ValueError, match="corda_method 'kpm' preserves .* set data.replay"):
             train(recipe, ["--output_dir", str(recipe.parent / "without")])

@@ -152,6 +152,16 @@ def test_without_wordnet_meteor_is_left_out_and_said_so(monkeypatch, capsys):
         ("It costs $1,000.50.", 1000.5),
         ("That is -4", -4),
         ("a loss of -$3", -3),
+        ("a loss of $-3", -3),
+        ("#### -3", -3),
+        ("It takes 10-12", 12),
+        ("$10-$12", 12),
+        ("10%-12%", 12),
+        ("x - 3", 3),
+        ("x-3", 3),
+        ("(x)-3", 3),
+        ("$ 3", 3),
+        ("5 = -.5", -0.5),
         ("18.00", 18),
         (".5 of it", 0.5),
         ("none", None),
@@ -270,6 +280,30 @@ def test_coqa_asks_each_question_behind_those_before(tmp_path):
     assert {name: value(metric) for name, metric in found.items()} == {"f1": 0.75, "em": 0.5}
     other = CoQA(path, write_coqa(tmp_path / "dev.json", [story(99)]))
     assert len(other.rows("train")) == 10 and len(other.rows("test")) == 3
+    assert [task.group(row) for row in test] == [row["story"] for row in test]
+
+
+def test_two_names_of_one_file_are_one_file(tmp_path, monkeypatch):
+    path = write_coqa(tmp_path / "coqa.json", [story(i) for i in range(10)])
+    (tmp_path / "link.json").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for other in ("coqa.json", f"{tmp_path}/../{tmp_path.name}/coqa.json", "link.json"):
+        task = CoQA(path, other)
+        train, test = ({row["story"] for row in task.rows(split)} for split in ("train", "test"))
+        assert len(train) == 8 and len(test) == 2 and train.isdisjoint(test)
+
+
+@pytest.mark.parametrize("name", ["e2e", "coqa", "gsm8k"])
+def test_a_score_of_some_rows_has_its_own_name(name, e2e, jsonl, tmp_path, monkeypatch):
+    tasks = {
+        "e2e": e2e,
+        "coqa": CoQA(None, write_coqa(tmp_path / "dev.json", [story(0), story(1)])),
+        "gsm8k": GSM8K(None, str(jsonl([{"question": "q", "answer": "#### 1"}] * 2))),
+    }
+    monkeypatch.setattr(e, "generate_replies", lambda *given, where: ["1"] * len(given[2]))
+    found = e.score_rows(None, None, tasks[name], samples=None)
+    score = {"e2e": "rouge_l", "coqa": "f1", "gsm8k": "accuracy"}[name]
+    assert found.keys() == {"n", "metric", score, "ci95"} and found["metric"] == score
 
 
 @pytest.mark.parametrize("name", ["e2e", "webnlg", "gsm8k", "coqa"])

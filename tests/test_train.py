@@ -58,8 +58,11 @@ def test_each_part_has_its_learning_rate(recipe):
     trainer = BridgeTrainer(
         model=model, args=parsed.instruct, train_dataset=dataset, data_collator=Collator(0)
     )
+    parsed.instruct.weight_decay = 0.1
     groups = trainer.create_optimizer().param_groups
-    assert [g["lr"] for g in groups] == [1e-4, 1e-2]
+    assert {g["lr"] for g in groups} == {1e-4, 1e-2}
+    for group in groups:  # biases and norms do not decay, as in transformers
+        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for g in groups for p in g["params"]} == trained
 

@@ -14,6 +14,7 @@ from mmpeft.tuners.adamix import AdaMixConfig, AdaMixLayer
 from mmpeft.tuners.bitfit import BitFitConfig
 from mmpeft.tuners.bottleneck import BottleneckConfig
 from mmpeft.tuners.full import FullTuningConfig
+from mmpeft.tuners.merging import MergingLayer
 from mmpeft.tuners.propelt import ProPELTConfig, ProPELTLayer, top_mask
 from mmpeft.tuners.sublayers import find_sublayers
 
@@ -188,6 +189,15 @@ def test_parallel_bottleneck_by_hand(module):
     torch.testing.assert_close(result, own + 4.0 * added)
 
 
+def test_a_module_whose_input_cannot_be_told_is_named():
+    _, layer = only_layer(BottleneckConfig(bottleneck_size=3, placement="parallel"), "mlp")
+    layer.base_layer.forward = lambda **given: next(iter(given.values()))
+    with pytest.raises(ValueError, match="LlamaMLP is called with states; .* target_modules"):
+        layer(states=torch.ones(1, 2, 32))
+    x = torch.ones(1, 2, 32)
+    assert torch.equal(layer(hidden_states=x), x + layer.contribution(x))
+
+
 def test_adamix_by_hand_while_training_and_after():
     config = AdaMixConfig(bottleneck_size=3, modules=4, share="none")
     adapted, layer = only_layer(config, "mlp.down_proj")
@@ -358,6 +368,29 @@ def test_the_gate_where_rows_are_flat_and_heads_apart(architecture, method, gate
     if gate == "image_tokens":  # words behind differ only by what they attend to
         control.mask = gate_mask(gate, torch.zeros_like(types))
         assert torch.equal(adapted(ids).logits, base)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_the_gate_knows_tokens_from_heads_whatever_the_memory(architecture):
+    from mmpeft.gate import Gate
+
+    adapted = attach_adapter(tiny_llm(architecture), FullTuningConfig())
+    fill(adapted)
+    control, shapes = Gate(adapted, "image_tokens"), []
+
+    def in_order(layer, args):
+        if args[0].dim() == 4:
+            shapes.append(args[0].shape)
+            return args[0].contiguous(), *args[1:]
+
+    layers = [m for m in adapted.modules() if isinstance(m, MergingLayer)]
+    ids = torch.arange(1, 5)[None]  # as many tokens as heads
+    control.mask = torch.tensor([[False, False, True, False]])
+    expected = adapted(ids).logits
+    for layer in layers:
+        layer.register_forward_pre_hook(in_order)
+    assert torch.equal(adapted(ids).logits, expected)
+    assert (1, 4, 4) in {shape[:3] for shape in shapes}
 
 
 @pytest.mark.parametrize("gate", GATES[1:])

@@ -1,6 +1,7 @@
 """The prefix family against upstream peft, closed forms and explicit rows."""
 
 import copy
+import pickle
 import warnings
 
 import peft
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mmpeft import BridgeForConditionalGeneration
 from mmpeft.adapters import adapter_parameters, attach_adapter, set_trainable
-from mmpeft.attention import ATTENTION, Learned, attention, serve_packed_rows
+from mmpeft.attention import ATTENTION, Learned, LearnedApart, attention, serve_packed_rows
 from mmpeft.data import Collator
 from mmpeft.gate import GATES
 from mmpeft.packing import Block, PackedRow
@@ -118,6 +119,21 @@ def test_learned_keys_stand_before_those_of_the_row(kind, dtype):
     torch.testing.assert_close(
         ours.float()[rows_seen], expected[rows_seen], atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_of_what_is_learned_apart_are_float32(dtype, autocast):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 6, 8), 12 * torch.randn(1, 4, 5, 8)  # scores of some 30
+    query, key, value = (x.to(dtype) for x in (query, key, torch.randn(1, 4, 5, 8)))
+    learned = LearnedApart(key, value, lambda added, _: added, torch.ones(1))
+    nothing = torch.zeros(2, 6, 4, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found = learned.apply(lambda _: nothing, query, 8**-0.5)
+    scores = query.double() @ key.double().transpose(2, 3) * 8**-0.5
+    expected = (scores.softmax(-1) @ value.double()).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
 
 
 # ------------------------------------------------------------------------- against upstream peft
@@ -276,6 +292,25 @@ def test_a_text_to_start_from_is_repeated_to_its_length(llm):
     assert (table[:, None] == prompt).all(-1).any(0).all()
 
 
+def test_a_text_to_start_from_needs_tokens(llm, llm_dir, tmp_path):
+    from tokenizers.normalizers import Strip
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llm_dir)
+    tokenizer.backend_tokenizer.normalizer = Strip()
+    tokenizer.save_pretrained(tmp_path)
+    llm.config.save_pretrained(tmp_path)
+    llm.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="init_text ' ' has no tokens in .*; choose another text"):
+        attach_adapter(llm, PromptConfig(init="text", init_text=" "))
+
+
+def test_a_text_to_start_from_needs_the_tokenizer(ids):
+    llm = tiny(GPT2Config, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="^PromptConfig: init: text needs the LLM's own tokenizer"):
+        attach_adapter(llm, PromptConfig(init="text", init_text="abc"))
+
+
 def test_a_table_of_positions_gives_the_prompt_those_of_the_text(ids):
     base = tiny(GPT2Config, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     ours = attach_adapter(copy.deepcopy(base), PromptConfig(num_virtual_tokens=5))
@@ -372,6 +407,20 @@ def test_what_is_kept_for_generation_follows_the_weights(bridge, images, method,
     assert len(calls) == 2 and not torch.allclose(before[0], after[0], atol=1e-3)
     model(**batch).logits.sum().backward()  # with gradients, after a pass without
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_made_after_generation_runs(bridge, images, method):
+    model, processor = bridge(method)
+    batch = mixed(processor, images)
+    expected = torch.stack(model.generate(**batch, **GENERATE).logits)
+    again = copy.deepcopy(model)
+    found = torch.stack(again.generate(**batch, **GENERATE).logits)
+    assert torch.equal(found, expected)
+    llm = pickle.loads(pickle.dumps(model.language_model))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(llm(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ FOLDER holds ``cell.yaml`` (what to measure) and ``recipe.yaml``. Each step's re
 """
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ class CellConfig:
         labels: the cell's label on each axis.
         seed: of training.
         hashes: by step, a hash of what its result depends on.
+        mmpeft: the version that is in these.
         evaluate, retain, keep_checkpoints: as in the grid.
     """
 
     labels: dict[str, str]
     seed: int
     hashes: dict[str, str]
+    mmpeft: str | None = None
     evaluate: ScoreConfig = field(default_factory=ScoreConfig)
     retain: RetainConfig | None = None
     keep_checkpoints: bool = True
@@ -47,6 +50,8 @@ def run_cell(folder) -> dict:
     Returns:
         ``result.json``, see docs/json.md.
     """
+    from mmpeft.train import environment
+
     folder = Path(folder)
     cell = from_mapping(CellConfig, read_yaml(folder / "cell.yaml", "cell"), folder / "cell.yaml")
     config, _ = load(folder / "recipe.yaml", ["--output_dir", str(folder / "run")])
@@ -63,10 +68,20 @@ def run_cell(folder) -> dict:
     for step in missing:
         result[step] = steps[step]()
         result["hashes"][step] = cell.hashes[step]
+        result["environment"] = environment()
         write_json(folder / RESULT, result)
     if not cell.keep_checkpoints:
-        shutil.rmtree(folder / "run" / "checkpoint", ignore_errors=True)
+        discard(folder / "run" / "checkpoint")
     return result
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; a kill on the way leaves no part of it under its name."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)  # of a kill
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def read_result(folder) -> dict | None:
@@ -80,12 +95,14 @@ def train_cell(folder: Path, config: RunConfig) -> dict:
 
     Returns:
         ``trained_parameters`` of each part, ``peak_memory_bytes`` of the process up to the end of
-        training (of the device on CUDA), ``seconds`` in the training loops.
+        training (of the device on CUDA), ``seconds`` in the training loops, those of the search
+        for a rank included.
     """
+    from mmpeft.rank import FILE
     from mmpeft.train import train
 
     run = folder / "run"
-    shutil.rmtree(run, ignore_errors=True)
+    discard(run)
     stages = [stage for stage in STAGES if getattr(config, stage) is not None]
     # a cell begins anew, so nothing is saved on the way
     unsaved = [word for stage in stages for word in (f"--{stage}.save_strategy", "no")]
@@ -93,13 +110,16 @@ def train_cell(folder: Path, config: RunConfig) -> dict:
     memory = peak_memory()
     shutil.rmtree(run / "stages", ignore_errors=True)
     logged = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    seconds = sum(row.get("train_runtime", 0) for row in logged)
+    if (run / FILE).is_file():
+        seconds += json.loads((run / FILE).read_text())["seconds"]
     model, _ = checkpoint.load(run, is_trainable=True)
     adapters.set_trainable(model, **config.trained_parts(stages[-1]))
     parts = {row.part: row.trained for row in adapters.freeze_plan(model)}
     return {
         "trained_parameters": {part: parts[part] for part in ("connector", "adapter")},
         "peak_memory_bytes": memory,
-        "seconds": sum(row.get("train_runtime", 0) for row in logged),
+        "seconds": seconds,
     }
 
 
@@ -149,8 +169,8 @@ def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write whole or not at all; several processes may."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 

@@ -21,10 +21,10 @@ def draw_front(report: dict, path: Path) -> None:
 
     Points are numbered in the order of the table, those on the front filled.
     """
-    rows = [row for row in report["rows"] if any(row["retention"].values())]
+    rows = [(number, row) for number, row in enumerate(report["rows"], 1) if row["on_front"]]
+    modes = [mode for mode in report["modes"] if any(mode in row["on_front"] for _, row in rows)]
     if not rows:
         return
-    modes = report["modes"]
     height = max(3.8, 0.17 * len(rows) + 1.2)
     figure = Figure(figsize=(3.6 * len(modes) + 2.4, height), layout="constrained")
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
@@ -33,7 +33,7 @@ def draw_front(report: dict, path: Path) -> None:
         _front_panel(axes, report, rows, mode, factor)
     unit = ", %" if factor == 100 else ""
     panels[0].set_ylabel(f"{report['metric']} on {report['task']}{unit}")
-    names = [f"{number}  {' '.join(row['labels'].values())}" for number, row in enumerate(rows, 1)]
+    names = [f"{number}  {' '.join(row['labels'].values())}" for number, row in rows]
     panels[-1].annotate(
         "\n".join(names), (1.03, 1), xycoords="axes fraction", va="top", fontsize=7.5,
         linespacing=1.35,
@@ -41,17 +41,17 @@ def draw_front(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _front_panel(axes, report: dict, rows: list[dict], mode: str, factor: float) -> None:
+def _front_panel(axes, report: dict, rows: list[tuple], mode: str, factor: float) -> None:
     axes.set_title(mode, loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel(minus("text: bridge - base, points"))
     axes.axvline(0, color=INK, linewidth=1)
     axes.grid()
     axes.margins(0.1)
     best = []
-    for number, row in enumerate(rows, 1):
-        text, score = row["retention"].get(mode), row["metrics"][report["metric"]]
-        if text is None:
+    for number, row in rows:
+        if mode not in row["on_front"]:
             continue
+        text, score = row["retention"][mode], row["metrics"][report["metric"]]
         x, y = 100 * text["mean"], factor * score["mean"]
         on = row["on_front"][mode]
         colour = ON if on else OFF
@@ -65,7 +65,7 @@ def _front_panel(axes, report: dict, rows: list[dict], mode: str, factor: float)
             best.append((x, y))
     best.sort()
     axes.step(*zip(*best, strict=True), where="pre", color=ON, linewidth=1.2, zorder=2)
-    majority = rows[0]["metrics"][report["metric"]]["controls"].get("majority")
+    majority = rows[0][1]["metrics"][report["metric"]]["controls"].get("majority")
     if majority is not None:
         axes.axhline(factor * majority, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -87,9 +87,11 @@ def draw_ranks(report: dict, path: Path) -> None:
     lines: dict[str, list] = {}
     for row in report["rows"]:
         others = [label for axis, label in row["labels"].items() if axis != "rank"]
-        if row["labels"]["rank"] in ranks:
+        if row["labels"]["rank"] in ranks and report["metric"] in row["metrics"]:
             point = int(row["labels"]["rank"]), row["metrics"][report["metric"]]
             lines.setdefault(" ".join(others), []).append(point)
+    if not lines:
+        return
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     looks = zip(cycle(COLOURS), cycle(MARKERS), strict=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpeft import __version__
 from mmpeft.config import RunConfig, did_you_mean, from_mapping
 from mmpeft.task import Task
 
@@ -116,7 +117,7 @@ class Cell:
     Attributes:
         labels: the cell's label on each axis.
         recipe: the whole recipe, as a mapping, but for ``output_dir``.
-        hashes: by step (train, score, retention) a hash of all that its result depends on.
+        hashes: by step (train, score, retention) a hash of what its result depends on.
     """
 
     labels: dict[str, str]
@@ -194,10 +195,9 @@ def put(recipe: dict, key: str, value, where) -> None:
 
 
 def step_hashes(recipe: dict, raw: dict) -> dict[str, str]:
-    """What the result of each step depends on, hashed. No retention, no key for it."""
-    train = _hash(recipe)
-    shown_only = {"metric", "batch_size"}
-    score = {k: v for k, v in (raw.get("evaluate") or {}).items() if k not in shown_only}
+    """The recipe, the step's settings and mmpeft's version, hashed. No retention, no key for it."""
+    train = _hash([__version__, recipe])
+    score = {k: v for k, v in (raw.get("evaluate") or {}).items() if k != "metric"}  # is only shown
     keys = {"train": train, "score": _hash([train, score])}
     if raw.get("retain") is not None:
         keys["retention"] = _hash([train, raw["retain"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mmpeft import __version__
 from mmpeft.compare.cell import RESULT, read_result, write_json
 from mmpeft.compare.figures import draw_front, draw_ranks
 from mmpeft.compare.grid import Cell, load_grid, read_yaml
@@ -19,7 +20,7 @@ SHOWN = 3  # changed cells that an error names
 
 
 def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
-    """Run what is missing of a grid, and write its table and figures.
+    """Run what is missing of a grid; its table and figures are written anew after every cell.
 
     Args:
         path: the grid's YAML file.
@@ -30,7 +31,8 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
         the report, see docs/json.md; it stands in the folder as ``compare.json``.
 
     Raises:
-        ValueError: a mistake in the grid, or cells in the folder of another configuration.
+        ValueError: a mistake in the grid, cells in the folder of another configuration, or, at
+            the first finished cell, a metric that the task does not have.
     """
     grid, raw, cells = load_grid(path)
     folder = Path(output_dir or grid.output_dir)
@@ -50,13 +52,15 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
     if others := [one.name for one in (folder / "cells").iterdir() if one.name not in names]:
         print(f"{folder}: {len(others)} cells are not in this grid and left out", file=sys.stderr)
     left = [cell for cell in cells if not is_complete(place(folder, cell.name), cell.hashes)]
+    report = redraw(folder)
     with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
         for cell in left:
             bar.set_description(cell.name)
             if problem := run_one(folder, cell, sections):
                 bar.write(f"{cell.name}: {problem}", file=sys.stderr)
             bar.update()
-    return redraw(folder)
+            report = redraw(folder)
+    return report
 
 
 def redraw(folder) -> dict:
@@ -65,17 +69,20 @@ def redraw(folder) -> dict:
     if not (folder / GRID).is_file():
         raise FileNotFoundError(f"{folder} is no folder of mmpeft compare: it has no {GRID}.")
     grid = json.loads((folder / GRID).read_text())
-    results, failures, missing = [], [], []
+    results, failures, missing, running = [], [], [], []
     for cell in grid["cells"]:
         own = place(folder, cell["name"])
         log = own / "log.txt"
+        busy = not is_complete(own, cell["hashes"]) and is_running(own)
         if is_complete(own, cell["hashes"]):
-            results.append(read_result(own))
-        elif log.is_file():
+            results.append(of_steps(read_result(own), cell["hashes"]))
+        elif busy:
+            running.append(cell["name"])
+        elif log.is_file() and was_begun(own, cell["hashes"]):
             failures.append({"cell": cell["name"], "error": last_line(log), "log": str(log)})
         else:
             missing.append(cell["name"])
-    report = pool(grid, results, failures, missing)
+    report = pool(grid, results, failures, missing, running)
     write_json(folder / "compare.json", report)
     for name, text in (("table.md", as_markdown(report)), ("table.csv", as_csv(report))):
         (folder / name).write_text(text)
@@ -94,10 +101,11 @@ def run_one(folder: Path, cell: Cell, sections: dict) -> str | None:
             return "another process is at work on it"
         if is_complete(own, cell.hashes):  # by another process, in the meantime
             return None
-        about = {"labels": cell.labels, "seed": cell.seed, "hashes": cell.hashes, **sections}
+        about = {"labels": cell.labels, "seed": cell.seed, "hashes": cell.hashes}
+        about |= {"mmpeft": __version__, **sections}
         for name, content in (("cell.yaml", about), ("recipe.yaml", cell.recipe)):
             # JSON is YAML, and says of every word that it is none of YAML's numbers
-            (own / name).write_text(json.dumps(content, indent=2) + "\n")
+            write_json(own / name, content)
         with (own / "log.txt").open("w") as log:
             code = start(own, log, lock)
             if code < 0:
@@ -120,9 +128,10 @@ def refuse_changed(folder: Path, cells: list[Cell], sections: dict, path) -> Non
         if any(done.get(step, key) != key for step, key in cell.hashes.items()):
             was = read_yaml(own / "recipe.yaml", "recipe") | {
                 key: value for key, value in read_yaml(own / "cell.yaml", "cell").items()
-                if key in ("evaluate", "retain")
+                if key in ("evaluate", "retain", "mmpeft")
             }  # fmt: skip
             now = cell.recipe | {k: v for k, v in sections.items() if k != "keep_checkpoints"}
+            now["mmpeft"] = __version__
             changed.append(f"{cell.name} ({differences(was, now)})")
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
@@ -155,6 +164,24 @@ def is_complete(own: Path, hashes: dict) -> bool:
     """Whether every step has a result of this configuration."""
     result = read_result(own) if (own / RESULT).is_file() else None
     return result is not None and all(result["hashes"].get(s) == key for s, key in hashes.items())
+
+
+def of_steps(result: dict, hashes: dict) -> dict:
+    """A result without what it has of steps that the grid no longer has."""
+    return {k: v for k, v in result.items() if k in hashes or k not in result["hashes"]}
+
+
+def was_begun(own: Path, hashes: dict) -> bool:
+    """Whether the last process on the cell had this configuration."""
+    return read_yaml(own / "cell.yaml", "cell")["hashes"] == hashes
+
+
+def is_running(own: Path) -> bool:
+    """Whether a process is at work on the cell."""
+    if not (own / ".lock").is_file():
+        return False
+    with held(own) as lock:
+        return lock is None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import t
@@ -11,7 +12,10 @@ from scipy.stats import t
 SCHEMA = "mmpeft.compare/1"
 
 
-def pool(grid: dict, results: list[dict], failures: list[dict], missing: list[str]) -> dict:
+def pool(
+    grid: dict, results: list[dict], failures: list[dict], missing: list[str],
+    running: Sequence[str] = (),
+) -> dict:  # fmt: skip
     """The report of a grid.
 
     Args:
@@ -19,21 +23,25 @@ def pool(grid: dict, results: list[dict], failures: list[dict], missing: list[st
         results: of the complete cells, as :func:`mmpeft.compare.cell.run_cell` returns them.
         failures: ``{"cell", "error", "log"}`` of cells that ended without a result.
         missing: names of cells that were not run.
+        running: of those that another process is at work on.
     """
     combinations = [cell["labels"] for cell in grid["cells"]]
     combinations = [labels for i, labels in enumerate(combinations)
                     if labels not in combinations[:i]]  # fmt: skip
     groups = [(labels, [r for r in results if r["labels"] == labels]) for labels in combinations]
     rows = [row(labels, cells) for labels, cells in groups if cells]
-    metrics = list(rows[0]["metrics"]) if rows else []
+    metrics = list(dict.fromkeys(name for one in rows for name in one["metrics"]))
     metric = grid["metric"] or (metrics[0] if metrics else None)
     if rows and metric not in metrics:
         raise ValueError(f"evaluate.metric {metric!r}: the task has {', '.join(metrics)}.")
     modes = list(dict.fromkeys(mode for one in rows for mode in one["retention"]))
     for one in rows:
         one["on_front"] = {}
+        for name, found in one["metrics"].items():
+            reference = None if one is rows[0] else rows[0]["metrics"].get(name)
+            found["difference"] = reference and difference(found, reference)
     for mode in modes:
-        measured = [one for one in rows if one["retention"].get(mode)]
+        measured = [one for one in rows if one["retention"].get(mode) and metric in one["metrics"]]
         points = [(one["metrics"][metric]["mean"], one["retention"][mode]["mean"])
                   for one in measured]  # fmt: skip
         for one, best in zip(measured, front(points), strict=True):
@@ -43,12 +51,14 @@ def pool(grid: dict, results: list[dict], failures: list[dict], missing: list[st
         **{key: grid[key] for key in ("grid", "recipe", "axes", "seeds")},
         "task": results[0]["score"]["task"] if results else None,
         "n": results[0]["score"]["n"] if results else None,
+        "metrics": metrics,
         "metric": metric,
         "modes": modes,
         "rows": rows,
         "failures": failures,
         "missing": missing,
-        "complete": not failures and not missing,
+        "running": list(running),
+        "complete": not failures and not missing and not running,
     }
 
 
@@ -57,17 +67,19 @@ def row(labels: dict[str, str], cells: list[dict]) -> dict:
     trained = [cell["train"] for cell in cells]
     modes = dict.fromkeys(mode for cell in cells for mode in cell.get("retention", {}))
     metrics = {}
-    for name in cells[0]["score"]["metrics"]:
-        found = [cell["score"]["metrics"][name] for cell in cells]
+    for name in dict.fromkeys(name for cell in cells for name in cell["score"]["metrics"]):
+        having = [cell for cell in cells if name in cell["score"]["metrics"]]
+        found = [cell["score"]["metrics"][name] for cell in having]
         metrics[name] = interval([one["value"] for one in found], found[0]["ci95"]) | {
+            "seeds": [cell["seed"] for cell in having],
             "controls": {
                 control: statistics.mean(one["controls"][control] for one in found)
                 for control in found[0]["controls"]
-            }
+            },
         }
     retention = {}
     for mode in modes:
-        found = [cell["retention"][mode] for cell in cells]
+        found = [cell.get("retention", {}).get(mode) for cell in cells]
         retention[mode] = None  # no adapter, or the base is not above chance on these tasks
         if all(found):
             retention[mode] = interval([one["delta"] for one in found], found[0]["ci95"]) | {
@@ -93,12 +105,34 @@ def interval(values: list[float], over_rows: list[float]) -> dict:
     ``interval`` says which one: ``seeds``, Student's t over the seeds, which answered the same
     rows; or, of a single seed, ``rows``: ``over_rows``, the interval over the rows it answered.
     """
-    n = len(values)
-    mean = statistics.mean(values)
-    if n == 1:
+    mean, ci95 = statistics.mean(values), students(values)
+    if ci95 is None:
         return {"mean": mean, "ci95": over_rows, "interval": "rows", "values": values}
+    return {"mean": mean, "ci95": ci95, "interval": "seeds", "values": values}
+
+
+def students(values: list[float]) -> list[float] | None:
+    """95% interval of their mean by Student's t; a single value has none."""
+    n = len(values)
+    if n == 1:
+        return None
+    mean = statistics.mean(values)
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": mean, "ci95": [mean - half, mean + half], "interval": "seeds", "values": values}
+    return [mean - half, mean + half]
+
+
+def difference(found: dict, reference: dict) -> dict | None:
+    """A row's metric less that of the first row, paired by seed, over the seeds of both."""
+    theirs = dict(zip(reference["seeds"], reference["values"], strict=True))
+    pairs = zip(found["seeds"], found["values"], strict=True)
+    behind = {seed: value - theirs[seed] for seed, value in pairs if seed in theirs}
+    if not behind:
+        return None
+    values = list(behind.values())
+    return {
+        "mean": statistics.mean(values), "ci95": students(values), "seeds": list(behind),
+        "values": values,
+    }  # fmt: skip
 
 
 def front(points: list[tuple[float, float]]) -> list[bool]:
@@ -110,22 +144,35 @@ def front(points: list[tuple[float, float]]) -> list[bool]:
 def columns(report: dict) -> list[str]:
     return [
         *report["axes"], "seeds", "trained", "memory GB", "train s",
-        *(report["rows"][0]["metrics"] if report["rows"] else []),
+        *report["metrics"], *([f"{report['metric']} less first row"] if report["rows"] else []),
         *(f"retention {mode}" for mode in report["modes"]),
         *(["front"] if report["modes"] else []),
     ]  # fmt: skip
 
 
-def cells(row: dict) -> list[str]:
-    """A row of the report under :func:`columns`."""
-    metrics = [with_interval(one, *scale(name)) for name, one in row["metrics"].items()]
+def cells(report: dict, row: dict) -> list[str]:
+    """A row of the report under :func:`columns`; ``-`` is what it lacks."""
+    metrics = [scored(row, name) for name in report["metrics"]]
+    less = row["metrics"].get(report["metric"], {}).get("difference")
+    factor, form = scale(report["metric"])
     return [
         *row["labels"].values(), str(len(row["seeds"])), f"{row['trained_parameters']:,}",
         f"{row['peak_memory_bytes'] / 1e9:.2f}", f"{row['train_seconds']:.0f}", *metrics,
-        *(retained(one) for one in row["retention"].values()),
+        with_interval(less, factor, f"+{form}") if less else "-",
+        *(retained(row["retention"].get(mode)) for mode in report["modes"]),
         *([", ".join(mode for mode, on in row["on_front"].items() if on)]
-          if row["retention"] else []),
+          if report["modes"] else []),
     ]  # fmt: skip
+
+
+def scored(row: dict, metric: str) -> str:
+    """The metric of a row, saying of how many seeds if some lack it."""
+    if metric not in row["metrics"]:
+        return "-"
+    one = row["metrics"][metric]
+    have, every = len(one["values"]), len(row["seeds"])
+    some = "" if have == every else f" ({have} of {every} seeds)"
+    return with_interval(one, *scale(metric)) + some
 
 
 def scale(metric: str) -> tuple[float, str]:
@@ -134,10 +181,11 @@ def scale(metric: str) -> tuple[float, str]:
 
 
 def with_interval(one: dict, factor: float, form: str) -> str:
+    mean = format(factor * one["mean"], form)
+    if one["ci95"] is None:
+        return mean
     low, high = (format(factor * end, form) for end in one["ci95"])
-    return f"{format(factor * one['mean'], form)} [{low}, {high}]" + (
-        "*" if one["interval"] == "rows" else ""
-    )
+    return f"{mean} [{low}, {high}]" + ("*" if one.get("interval") == "rows" else "")
 
 
 def retained(one: dict | None) -> str:
@@ -156,6 +204,17 @@ def notes(report: dict) -> list[str]:
         said.append("[95% interval]: Student's t over the seeds, all on the same test rows")
     if "rows" in kinds:
         said.append("[95% interval]*: one seed, so over the test rows; says nothing about seeds")
+    if "seeds" in kinds:
+        said.append(
+            "seeds vary the start and order of training; the share of the data and the test rows "
+            "are the same for all, so intervals over seeds leave out what another share would give"
+        )
+    if len(report["rows"]) > 1:
+        first = " ".join(report["rows"][0]["labels"].values())
+        said.append(
+            f"less first row: the difference to {first}, paired by seed, with Student's t (none of "
+            "a single seed), not corrected for the number of rows"
+        )
     if report["modes"]:
         said.append(
             "retention: bridge - base, points of accuracy on the text suite; front: no other is as "
@@ -163,10 +222,12 @@ def notes(report: dict) -> list[str]:
         )
     said.append(
         "memory: most that the process held until the end of training; train s: median over the "
-        "seeds of the seconds in the training loops"
+        "seeds of the seconds in the training loops, the search for a rank included"
     )
     for one in report["failures"]:
         said.append(f"failed: {one['cell']}: {one['error']} ({one['log']})")
+    if report["running"]:
+        said.append(f"running: {', '.join(report['running'])}")
     if report["missing"]:
         said.append(f"not run: {', '.join(report['missing'])}")
     return said
@@ -174,7 +235,7 @@ def notes(report: dict) -> list[str]:
 
 def render(report: dict) -> str:
     """The table for a terminal."""
-    table = [columns(report), *map(cells, report["rows"])]
+    table = [columns(report), *(cells(report, row) for row in report["rows"])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
              for line in table]  # fmt: skip
@@ -184,7 +245,7 @@ def render(report: dict) -> str:
 def as_markdown(report: dict) -> str:
     """The table for a document."""
     head = columns(report)
-    lines = [head, ["---"] * len(head), *map(cells, report["rows"])]
+    lines = [head, ["---"] * len(head), *(cells(report, row) for row in report["rows"])]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return table + "\n" + "".join(f"- {note}\n" for note in notes(report))
 
@@ -201,6 +262,10 @@ def as_csv(report: dict) -> str:
             low, high = (None, None) if one is None else one["ci95"]
             line |= {name: one and one["mean"], f"{name}_low": low, f"{name}_high": high}
             line[f"{name}_interval"] = one and one["interval"]
+            if less := one and one.get("difference"):
+                low, high = less["ci95"] or (None, None)
+                line |= {f"{name}_less_first": less["mean"]}
+                line |= {f"{name}_less_first_low": low, f"{name}_less_first_high": high}
         line |= {f"front_{mode}": on for mode, on in row["on_front"].items()}
         lines.append(line)
     buffer = io.StringIO()

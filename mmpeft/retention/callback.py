@@ -19,7 +19,8 @@ from mmpeft.retention.suite import Suite
 class RetentionCallback(TrainerCallback):
     """Logs `retention/vision` and `retention/MODE` (bridge - base, shares) beside the loss.
 
-    `front.json` in the run folder lists what was measured. `best/` is a whole checkpoint: the step
+    `retention/vision` is the task's mean score, of the kind that `front.json` names as `metric`;
+    this file in the run folder lists what was measured. `best/` is a whole checkpoint: the step
     with the best vision score among those whose loss of text stays within `max_drop`.
 
     Args:
@@ -74,7 +75,10 @@ class RetentionCallback(TrainerCallback):
         )  # fmt: skip
         modes = {mode: {key: body["overall"][key] for key in ("delta", "bounds95", "n")}
                  for mode, body in found.modes.items() if body["overall"]}  # fmt: skip
-        point = {"step": step, "vision": sum(right) / len(right), "modes": modes, "best": False}
+        point = {
+            "step": step, "metric": self.task.score_name, "vision": sum(right) / len(right),
+            "modes": modes, "best": False,
+        }  # fmt: skip
         if self.within(point) and all(
             point["vision"] > other["vision"] for other in self.points if other["best"]
         ):

@@ -161,7 +161,8 @@ def front(dial: dict) -> Figure:
     panels = [(axes, _front_panel(axes, dial, mode))
               for axes, mode in zip(all_axes, modes, strict=True)]  # fmt: skip
     seeing = all(point["vision"] for point in dial["points"])
-    what = f"accuracy on {dial['vision_task'] or 'the vision task'}, %"
+    metric = next((p["vision"].get("metric") for p in dial["points"] if p["vision"]), None)
+    what = f"{metric or 'accuracy'} on {dial['vision_task'] or 'the vision task'}, %"
     all_axes[0].set_ylabel(what if seeing else "scale of the adapter")
     held = [body for point in dial["points"] for body in point["modes"].values() if body]
     seen = {body["verdict"] for body in held}
@@ -197,7 +198,7 @@ def _front_panel(axes, dial: dict, mode: str) -> list[dict]:
             xs = [100 * end for end in body["ci95"]] if body["ci95"] else [x, x]
             ys = [y, y]
             if seeing:
-                y = 100 * point["vision"]["accuracy"]
+                y = 100 * point["vision"][point["vision"].get("metric", "accuracy")]
                 ys = [100 * end for end in point["vision"]["ci95"]]
             _mark(axes, x, y, body["verdict"], xs, ys)
             if point["scale"] == dial["largest_retained"]:

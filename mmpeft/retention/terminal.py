@@ -176,7 +176,8 @@ def dial_rows(dial: dict) -> list[tuple[str, ...]]:
             row += ["-", "-"]
         else:
             low, high = vision["ci95"]
-            row += [percent(vision["accuracy"]), f"[{percent(low)}, {percent(high)}]"]
+            value = vision[vision.get("metric", "accuracy")]
+            row += [percent(value), f"[{percent(low)}, {percent(high)}]"]
         for mode in modes:
             text = point["modes"].get(mode)
             row += [points(text["delta"]), interval(text), text["verdict"]] if text else ["-"] * 3

@@ -1,7 +1,7 @@
 """AdaMix: a mixture of adaptation modules (Wang et al. 2022, arXiv 2205.12410)."""
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.tuners.adding import AddingLayer, activation, bottleneck, check_sizes, down_start
-from mmpeft.tuners.base import Tuner, register
-from mmpeft.tuners.sublayers import (
-    Kind,
-    check_sublayers,
-    decoder_layers,
-    find_outputs,
-    hidden_size,
-    sizes,
+from mmpeft.tuners.adding import (
+    AddingLayer,
+    AddingOptions,
+    activation,
+    bottleneck,
+    check_sizes,
+    down_start,
 )
+from mmpeft.tuners.base import Tuner, register
+from mmpeft.tuners.sublayers import decoder_layers, find_outputs, hidden_size, sizes
 
 
 @dataclass
-class AdaMixConfig(PeftConfig):
+class AdaMixConfig(AddingOptions, PeftConfig):
     """Several modules in one place, of which each training step takes one by chance.
 
     Down- and up-projection are drawn apart, in every place anew (section 3.1). A second draw of
@@ -30,18 +30,14 @@ class AdaMixConfig(PeftConfig):
     is the mean of the modules' weights (3.3). The up-projections start at 0, so the adapter is the
     identity.
 
+    Further options are those of :class:`~mmpeft.tuners.adding.AddingOptions`.
+
     Attributes:
         kind: ``bottleneck``, on the output of ``sublayers``; or ``lora``, beside linear layers.
         modules: how many there are in each place.
-        bottleneck_size: width of a bottleneck, rank of a LoRA.
         share: the projection, ``down`` or ``up``, that all modules of a place have in common
             (3.4), or ``none``.
         consistency: weight of the divergence of the two draws' predictions; 0 makes no second pass.
-        sublayers: for ``bottleneck``, which of ``attention`` and ``ffn`` have one.
-        activation: of a bottleneck, by transformers' name.
-        scaling: of what is added.
-        dropout: on what is read.
-        target_modules: modules to adapt: instead of ``sublayers``, or as for LoRA.
     """
 
     method: ClassVar[str] = "MMPEFT_ADAMIX"
@@ -51,18 +47,10 @@ class AdaMixConfig(PeftConfig):
     bottleneck_size: int = 16
     share: Literal["none", "down", "up"] = "up"
     consistency: float = 1.0
-    sublayers: list[Kind] = field(default_factory=lambda: ["attention", "ffn"])
-    activation: str = "relu"
-    scaling: float = 1.0
-    dropout: float = 0.0
-    target_modules: list[str] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = self.method
-        check_sizes(self, modules=1, bottleneck_size=1, consistency=0)
-        check_sublayers(self)
-        activation(self)
+        check_sizes(self, modules=1, consistency=0)
         for name, known in (("kind", ("bottleneck", "lora")), ("share", ("none", "down", "up"))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -187,7 +175,8 @@ class AdaMixModel(Tuner):
         """Mean symmetric KL divergence, per learned token, of the predictions of two draws.
 
         Called behind the forward of the same ``inputs``, whose logits serve where it made them
-        whole: with ``logits_chunk`` the first draw is computed again.
+        whole: with ``logits_chunk`` the first draw is computed again. The mean is of these inputs
+        alone: with gradient accumulation micro-batches count alike, however many tokens each has.
         """
         labels = inputs.get("labels")
         if not self.training or labels is None or not self._compares():

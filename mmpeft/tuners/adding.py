@@ -1,11 +1,47 @@
 """Layers that add to a module's output what they make of its input or its output."""
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 from mmpeft.tuners.base import Layer
+from mmpeft.tuners.sublayers import Kind
+
+
+@dataclass
+class AddingOptions:
+    """What the configs of these methods have in common, before ``PeftConfig`` among their bases.
+
+    Attributes:
+        bottleneck_size: width of a bottleneck; the rank, where one is a LoRA.
+        sublayers: which of ``attention`` and ``ffn`` have a bottleneck.
+        activation: of a bottleneck, by transformers' name.
+        scaling: of what is added.
+        dropout: on what is read.
+        target_modules: modules to adapt: instead of ``sublayers``, or as for LoRA.
+    """
+
+    bottleneck_size: int = 64
+    sublayers: list[Kind] = field(default_factory=lambda: ["attention", "ffn"])
+    activation: str = "relu"
+    scaling: float = 1.0
+    dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = self.method
+        check_sizes(self, bottleneck_size=1)
+        activation(self)
+        unknown = [name for name in self.sublayers if name not in ("attention", "ffn")]
+        if unknown or not self.sublayers:
+            raise ValueError(
+                f"{type(self).__name__}: sublayers is {self.sublayers}; "
+                "choose attention, ffn or both."
+            )
 
 
 class AddingLayer(Layer):
@@ -29,10 +65,20 @@ class AddingLayer(Layer):
         if self.disable_adapters:
             return output
         own = output[0] if isinstance(output, tuple) else output
-        given = args[0] if args else kwargs.get("hidden_states")
-        added = self.close(self.contribution(own if self.reads == "output" else given))
+        read = own if self.reads == "output" else self._given(args, kwargs)
+        added = self.close(self.contribution(read))
         adapted = (own + added).to(own.dtype)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+    def _given(self, args: tuple, kwargs: dict) -> Tensor:
+        if not args and "hidden_states" not in kwargs:
+            name, names = type(self.base_layer).__name__, ", ".join(kwargs) or "nothing"
+            raise ValueError(
+                f"{name} is called with {names}; "
+                "what an adapter reads must come first or be named hidden_states. Leave it out of "
+                "target_modules."
+            )
+        return args[0] if args else kwargs["hidden_states"]
 
 
 def bottleneck(

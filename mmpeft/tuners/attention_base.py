@@ -168,10 +168,10 @@ def some_tokens(language_model: nn.Module, count: int) -> Tensor:
 
 
 class Computed(dict):
-    """What a tuner has worked out for a layer in the pass at hand; a copy of it is empty."""
+    """What a tuner has worked out in the pass at hand; a copy of it, or a pickle, is empty."""
 
-    def __deepcopy__(self, memo):
-        return memo.setdefault(id(self), type(self)())
+    def __reduce__(self):
+        return type(self), ()
 
 
 class AttentionLayer(Layer):
@@ -234,7 +234,7 @@ class AttentionTuner(Tuner):
             layer.computed.update(key=key, value=value)
 
     def _pre_injection_hook(self, model, config, adapter_name):
-        self._kept = None
+        self._kept = Computed()  # empty where the layers' are
         self.shapes = find_attention(model)
         if config.target_modules is None:  # not by way of attach_adapter
             config.target_modules = self.find_targets(model, config)
@@ -253,10 +253,12 @@ class AttentionTuner(Tuner):
         if not torch.is_grad_enabled() and self._is_kept(source):
             return
         self.compute(source)
-        self._kept = None if torch.is_grad_enabled() else source.detach().clone()
+        self._kept.clear()
+        if not torch.is_grad_enabled():
+            self._kept["source"] = source.detach().clone()
 
     def _is_kept(self, source: Tensor) -> bool:
-        kept = self._kept
+        kept = self._kept.get("source")
         same = kept is not None and (kept.device, kept.dtype) == (source.device, source.dtype)
         return same and torch.equal(kept, source)
 

@@ -101,6 +101,13 @@ class Tuner(BaseTuner):
     def end_step(self, step: int) -> None:
         """Called after an optimizer step, whose gradients are still there."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What is remembered from step to step besides the weights; saved for resuming."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):

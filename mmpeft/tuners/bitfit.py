@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from mmpeft.adapters import resolve_targets
-from mmpeft.tuners.base import Tuner, register
-from mmpeft.tuners.merging import MergingLayer, token_dimension
+from mmpeft.tuners.base import register
+from mmpeft.tuners.merging import MergingLayer, MergingTuner
 from mmpeft.tuners.sublayers import LINEAR
 
 
@@ -52,7 +52,7 @@ class BitFitLayer(MergingLayer):
         if self.disable_adapters or self.merged:
             return output
         change = self.bitfit_bias[self.adapter_name].expand(output.shape)
-        return (output + self.close(change, token_dimension(x))).to(output.dtype)
+        return (output + self.close(change, self.tokens)).to(output.dtype)
 
     def adapted_parameters(self) -> dict[str, Tensor]:
         """The bias."""
@@ -61,12 +61,11 @@ class BitFitLayer(MergingLayer):
         return {"bias": (change if own is None else own + change).to(weight.dtype)}
 
 
-class BitFitModel(Tuner):
+class BitFitModel(MergingTuner):
     """BitFit on a language model."""
 
     prefix = "bitfit_"
     tuner_layer_cls = BitFitLayer
-    merges = True
 
     @classmethod
     def find_targets(cls, language_model: nn.Module, config: BitFitConfig) -> list[str]:

@@ -1,16 +1,14 @@
 """Bottleneck adapters: serial (Houlsby et al. 2019) and parallel (He et al. 2022)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.tuners.adding import AddingLayer, activation, bottleneck, check_sizes
+from mmpeft.tuners.adding import AddingLayer, AddingOptions, activation, bottleneck
 from mmpeft.tuners.base import Tuner, register
 from mmpeft.tuners.sublayers import (
-    Kind,
-    check_sublayers,
     find_outputs,
     find_sublayers,
     hidden_size,
@@ -20,7 +18,7 @@ from mmpeft.tuners.sublayers import (
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(AddingOptions, PeftConfig):
     """Two small layers with an activation between, in every layer of the LLM.
 
     ``serial`` reads what the sublayer gives, before it is added to the residual (arXiv 1902.00751,
@@ -29,33 +27,20 @@ class BottleneckConfig(PeftConfig):
     ``sublayers: [ffn]`` and ``scaling: 4``). The up-projection starts at 0, so the adapter is the
     identity.
 
+    Further options are those of :class:`~mmpeft.tuners.adding.AddingOptions`.
+
     Attributes:
-        bottleneck_size: width between the two layers.
         placement: ``serial`` or ``parallel``.
-        sublayers: which of ``attention`` and ``ffn`` have one.
-        activation: by transformers' name.
-        scaling: of what is added.
-        dropout: on what is read.
         target_modules: modules to put one on instead of those of ``sublayers``: such as return
             (B, T, D), and for ``parallel`` read it as their first argument.
     """
 
     method: ClassVar[str] = "MMPEFT_BOTTLENECK"
 
-    bottleneck_size: int = 64
     placement: Literal["serial", "parallel"] = "serial"
-    sublayers: list[Kind] = field(default_factory=lambda: ["attention", "ffn"])
-    activation: str = "relu"
-    scaling: float = 1.0
-    dropout: float = 0.0
-    target_modules: list[str] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = self.method
-        check_sizes(self, bottleneck_size=1)
-        check_sublayers(self)
-        activation(self)
         if self.placement not in ("serial", "parallel"):
             raise ValueError(
                 f"BottleneckConfig: placement {self.placement!r} is unknown; choose serial or "

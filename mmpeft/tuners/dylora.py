@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
-from mmpeft.tuners.base import Layer, Tuner, register
+from mmpeft.tuners.base import Tuner, register
+from mmpeft.tuners.merging import MergingLayer
 
 
 @dataclass
@@ -23,7 +25,8 @@ class DyLoraConfig(PeftConfig):
         lora_alpha: what is added is scaled by ``lora_alpha / rank``.
         lora_dropout: on the layer's input.
         target_modules: as for LoRA.
-        frozen: a step trains direction b alone and leaves those before it (the paper's FRZ mode).
+        frozen: the loss of a step reaches direction b alone, not those before it (the paper's FRZ
+            mode; an optimizer with momentum still moves these a little).
         rank: what is deployed; ``None`` is r. See :meth:`DyLoraModel.set_rank`.
     """
 
@@ -45,69 +48,68 @@ class DyLoraConfig(PeftConfig):
             raise ValueError(f"DyLoraConfig: rank is {self.rank}; it must lie in 1 to r, {self.r}.")
 
 
-class DyLoraLayer(Layer):
+class DyLoraLayer(MergingLayer):
     """A linear layer and its factors; the identity at the start, for B is 0.
 
     Attributes:
-        rank: of the factors in use outside training.
-        drawn: that of the current training step.
+        rank: of the factors in use outside training steps.
+        drawn: that of the current training step; ``None`` before one is drawn.
     """
 
     adapter_layer_names = ("dylora_A", "dylora_B", "dylora_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DyLoraConfig):
         super().__init__(base_layer, adapter_name)
-        from peft.tuners.tuners_utils import _get_in_out_features
-
         into, out = _get_in_out_features(base_layer)
-        self.config = config
-        self.rank, self.drawn = config.rank or config.r, config.r
+        self.config, self.rank, self.drawn = config, config.rank or config.r, None
         down, up = nn.Linear(into, config.r, bias=False), nn.Linear(config.r, out, bias=False)
         nn.init.kaiming_uniform_(down.weight, a=5**0.5)  # as peft starts LoRA
         nn.init.zeros_(up.weight)
         self.dylora_A = nn.ModuleDict({adapter_name: down})
         self.dylora_B = nn.ModuleDict({adapter_name: up})
         self.dylora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(config.lora_dropout)})
+        # a tensor, since compiled code is made anew for every other number
+        self.register_buffer("dylora_cut", torch.empty(config.r), persistent=False)
+        self.cut()
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A ``(b, in)``, B ``(out, b)`` and the scale of the rank in use."""
-        rank = self.drawn if self.training else self.rank
-        down = self.dylora_A[self.adapter_name].weight[:rank]
-        up = self.dylora_B[self.adapter_name].weight[:, :rank]
-        if self.training and self.config.frozen:
-            down = torch.cat([down[:-1].detach(), down[-1:]])
-            up = torch.cat([up[:, :-1].detach(), up[:, -1:]], 1)
-        return down, up, self.config.lora_alpha / rank
+    def cut(self) -> None:
+        """Put the rank in use into ``dylora_cut`` ``(r,)``: its scale, and 0 where it is cut."""
+        rank = self.rank if self.drawn is None or not self.training else self.drawn
+        self.dylora_cut.zero_()[:rank] = self.config.lora_alpha / rank
+
+    def train(self, mode: bool = True):
+        """As in torch; what is in use follows."""
+        super().train(mode)
+        self.cut()
+        return self
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """``(B, T, in)`` to ``(B, T, out)``."""
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
-        down, up, scale = self.factors()
+        down, up = self._factors()
+        cut = self.dylora_cut.to(down.dtype)
+        if self.training and self.config.frozen:
+            last = (cut != 0) & ~F.pad(cut[1:] != 0, (0, 1))  # the highest rank in use
+            down = torch.where(last[:, None], down, down.detach())
+            up = torch.where(last, up, up.detach())
         x = self.dylora_dropout[self.adapter_name](self._cast_input_dtype(x, down.dtype))
-        return output + self.close(F.linear(F.linear(x, down), up) * scale).to(output.dtype)
+        added = F.linear(F.linear(x, down) * cut, up)
+        return output + self.close(added).to(output.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update of the deployed rank to the weight, in place."""
-        weight, change = self.base_layer.weight, self._change()
-        if safe_merge and not change.isfinite().all():
-            raise ValueError("the adapter holds values that are not finite.")
-        weight.data += change.to(weight.dtype)
-        self.merged_adapters = [self.adapter_name]
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A ``(r, in)`` and B ``(out, r)``."""
+        name = self.adapter_name
+        return self.dylora_A[name].weight, self.dylora_B[name].weight
 
-    def unmerge(self) -> None:
-        """Take it out again."""
-        self.base_layer.weight.data -= self._change().to(self.base_layer.weight.dtype)
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def _change(self) -> Tensor:
-        rank = self.rank
-        down = self.dylora_A[self.adapter_name].weight[:rank]
-        up = self.dylora_B[self.adapter_name].weight[:, :rank]
-        change = up @ down * (self.config.lora_alpha / rank)  # (out, in)
-        return change if isinstance(self.base_layer, nn.Linear) else change.T  # Conv1D
+    def adapted_parameters(self) -> dict[str, Tensor]:
+        """The weight with the update of the deployed rank."""
+        (down, up), weight = self._factors(), self.base_layer.weight
+        down, up = down[: self.rank], up[:, : self.rank]
+        change = up @ down * (self.config.lora_alpha / self.rank)  # (out, in)
+        change = change if isinstance(self.base_layer, nn.Linear) else change.T  # Conv1D
+        return {"weight": weight + change.to(weight.dtype)}
 
 
 class DyLoraModel(Tuner):
@@ -121,14 +123,17 @@ class DyLoraModel(Tuner):
         """Deploy another rank; saved with the adapter.
 
         Raises:
-            ValueError: it is not between 1 and r.
+            ValueError: it is not between 1 and r, or the adapter is merged.
         """
         config = self.peft_config[self.active_adapters[0]]
         if not 1 <= rank <= config.r:
             raise ValueError(f"rank {rank} must lie in 1 to r, {config.r}.")
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError("the adapter is merged; unmerge it before another rank is deployed.")
         config.rank = rank
         for layer in self._layers():
             layer.rank = rank
+            layer.cut()
 
     def as_lora(self, rank: int | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The adapter cut to a rank as plain LoRA: peft's config, and its state by peft's names."""
@@ -137,10 +142,9 @@ class DyLoraModel(Tuner):
         for path, layer in self.model.named_modules():
             if isinstance(layer, DyLoraLayer):
                 paths.append(path)
-                down = layer.dylora_A[layer.adapter_name].weight[:rank]
-                up = layer.dylora_B[layer.adapter_name].weight[:, :rank]
-                state[f"base_model.model.{path}.lora_A.weight"] = down.detach().clone()
-                state[f"base_model.model.{path}.lora_B.weight"] = up.detach().clone()
+                down, up = layer._factors()
+                state[f"base_model.model.{path}.lora_A.weight"] = down[:rank].detach().clone()
+                state[f"base_model.model.{path}.lora_B.weight"] = up[:, :rank].detach().clone()
         conv = not isinstance(self.model.get_submodule(paths[0]).base_layer, nn.Linear)
         lora = LoraConfig(
             r=rank, lora_alpha=config.lora_alpha, target_modules=paths, fan_in_fan_out=conv,
@@ -153,6 +157,7 @@ class DyLoraModel(Tuner):
         rank = int(torch.randint(1, self.peft_config[self.active_adapters[0]].r + 1, ()))
         for layer in self._layers():
             layer.drawn = rank
+            layer.cut()
 
     def _layers(self):
         return (module for module in self.model.modules() if isinstance(module, DyLoraLayer))

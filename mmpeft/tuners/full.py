@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmpeft.adapters import resolve_targets
-from mmpeft.tuners.base import Tuner, register
-from mmpeft.tuners.merging import MergingLayer, token_dimension
+from mmpeft.tuners.base import register
+from mmpeft.tuners.merging import MergingLayer, MergingTuner
 from mmpeft.tuners.sublayers import LINEAR, decoder_layers
 
 
@@ -59,7 +59,7 @@ class FullTuningLayer(MergingLayer):
             self.base_layer, self.adapted_parameters(), (x, *args), kwargs, tie_weights=False
         )
         base = lambda: self.base_layer(x, *args, **kwargs)  # noqa: E731
-        return self.choose(adapted, base, token_dimension(x))
+        return self.choose(adapted, base, self.tokens)
 
     def adapted_parameters(self) -> dict[str, Tensor]:
         """The copies, in the LLM's type."""
@@ -68,12 +68,11 @@ class FullTuningLayer(MergingLayer):
         return {name: copy.to(own[name].dtype) for name, copy in copies.items()}
 
 
-class FullTuningModel(Tuner):
+class FullTuningModel(MergingTuner):
     """Full fine-tuning of a language model."""
 
     prefix = "full_"
     tuner_layer_cls = FullTuningLayer
-    merges = True
 
     @classmethod
     def find_targets(cls, language_model: nn.Module, config: FullTuningConfig) -> list[str]:

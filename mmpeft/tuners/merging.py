@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from mmpeft.tuners.base import Layer
+from mmpeft.tuners.base import Layer, Tuner
 
 
 class MergingLayer(Layer):
-    """A module of the LLM and the parameters an adapter wants it to have."""
+    """A module of the LLM and the parameters an adapter wants it to have.
 
+    Attributes:
+        tokens: which dimension of what it reads counts tokens.
+    """
+
+    tokens = 1
     _before: dict | None = None
 
     def adapted_parameters(self) -> dict[str, Tensor]:
@@ -45,14 +50,47 @@ class MergingLayer(Layer):
         super().enable_adapters(enabled)
 
 
-def token_dimension(x: Tensor) -> int:
-    """Which dimension of a module's input counts tokens.
+class MergingTuner(Tuner):
+    """A method whose layers can be merged."""
 
-    1; but 2 where a norm sees heads in front of them, (B, heads, T, d). Which it is shows in
-    memory: what is cut into heads has them inside of a token.
+    merges = True
+
+    def wrap(self, module, adapter_name, config, path) -> MergingLayer:
+        """The adapted module at ``path``."""
+        layer = super().wrap(module, adapter_name, config, path)
+        layer.tokens = 2 if path in self._behind_heads else 1
+        return layer
+
+    def _pre_injection_hook(self, model, config, adapter_name):
+        super()._pre_injection_hook(model, config, adapter_name)
+        self._behind_heads = find_behind_heads(model)
+
+
+@torch.no_grad()
+def find_behind_heads(language_model: nn.Module) -> set[str]:
+    """Paths of modules that see heads in front of tokens, ``(B, heads, T, d)``: some LLMs' norms.
+
+    A shape does not tell, for there may be as many tokens as heads. Tries it: the second dimension
+    of other inputs grows with the tokens. Empty where there are no weights yet.
     """
-    if x.dim() != 4:
-        return 1
-    if x.stride(1) == x.stride(2):
-        return 2 if x.shape[1] == 1 else 1
-    return 2 if x.stride(1) < x.stride(2) else 1
+    table = language_model.get_input_embeddings().weight
+    if table.device.type == "meta":
+        return set()
+    seen: dict[str, set] = {}
+
+    def look(path, args):
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            seen.setdefault(path, set()).add(args[0].shape[1:3])
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, path=path: look(path, args))
+        for path, module in language_model.named_modules()
+    ]
+    try:
+        for count in (2, 3):
+            ids = torch.arange(count, device=table.device)[None]
+            language_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path for path, shapes in seen.items() if len({heads for heads, _ in shapes}) == 1}

@@ -79,10 +79,25 @@ class PromptModel(FrontTuner):
 
 
 def _words(model, text: str, count: int) -> Tensor:
-    """Embeddings ``(count, D)`` of a text."""
+    """Embeddings ``(count, D)`` of a text.
+
+    Raises:
+        ValueError: the LLM's tokenizer cannot be had, or makes no tokens of the text.
+    """
     revision = getattr(model.config, "_commit_hash", None)
-    tokenizer = load_tokenizer(model.name_or_path, revision)
+    try:
+        tokenizer = load_tokenizer(model.name_or_path, revision)
+    except ValueError as error:
+        raise ValueError(
+            "PromptConfig: init: text needs the LLM's own tokenizer; set init: vocabulary, or "
+            f"mend this: {error}"
+        ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"PromptConfig: init_text {text!r} has no tokens in {model.name_or_path}; choose "
+            "another text."
+        )
     ids = (ids * -(-count // len(ids)))[:count]
     embed = model.get_input_embeddings()
     return embed(torch.tensor(ids, device=embed.weight.device))

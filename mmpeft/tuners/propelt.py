@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.tuners.adding import AddingLayer, activation, bottleneck, check_sizes, down_start
+from mmpeft.tuners.adding import AddingLayer, AddingOptions, activation, bottleneck, down_start
 from mmpeft.tuners.base import Tuner, register
-from mmpeft.tuners.sublayers import Kind, check_sublayers, find_outputs, hidden_size, sizes
+from mmpeft.tuners.sublayers import Kind, find_outputs, hidden_size, sizes
 
 
 @dataclass
-class ProPELTConfig(PeftConfig):
+class ProPELTConfig(AddingOptions, PeftConfig):
     """A prototype that all layers share, of which each uses the weights its own mask keeps.
 
     Masks are the ``share`` of largest scores by size, and scores learn through them as if they
@@ -23,35 +23,22 @@ class ProPELTConfig(PeftConfig):
     FFN, a query projection) has a prototype; biases are shared as they are. The up-projection
     starts at 0, so the adapter is the identity.
 
+    Further options are those of :class:`~mmpeft.tuners.adding.AddingOptions`.
+
     Attributes:
         kind: ``adapter``, a bottleneck on the output of ``sublayers``; or ``lora``, beside linear
             layers.
-        bottleneck_size: width of the bottleneck, rank of the LoRA.
         share: of a prototype's weights that each mask keeps.
-        sublayers: for ``adapter``, which of ``attention`` and ``ffn`` have one.
-        activation: of a bottleneck, by transformers' name.
-        scaling: of what is added.
-        dropout: on what is read.
-        target_modules: modules to adapt: instead of ``sublayers``, or as for LoRA.
     """
 
     method: ClassVar[str] = "MMPEFT_PROPELT"
 
     kind: Literal["adapter", "lora"] = "adapter"
-    bottleneck_size: int = 64
     share: float = 0.5
     sublayers: list[Kind] = field(default_factory=lambda: ["ffn"])
-    activation: str = "relu"
-    scaling: float = 1.0
-    dropout: float = 0.0
-    target_modules: list[str] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = self.method
-        check_sizes(self, bottleneck_size=1)
-        check_sublayers(self)
-        activation(self)
         if self.kind not in ("adapter", "lora"):
             raise ValueError(
                 f"ProPELTConfig: kind {self.kind!r} is unknown; choose adapter or lora."

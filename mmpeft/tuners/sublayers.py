@@ -113,17 +113,3 @@ def named_modules(language_model: nn.Module, targets: list[str] | str) -> list[s
     if targets == "all-linear":
         return resolve_targets(language_model, targets)
     return resolve_targets(language_model, targets, kind=lambda module: True)
-
-
-def check_sublayers(config: PeftConfig) -> None:
-    """Refuse sublayers that there are not.
-
-    Raises:
-        ValueError: one is unknown, or there is none.
-    """
-    unknown = [name for name in config.sublayers if name not in ("attention", "ffn")]
-    if unknown or not config.sublayers:
-        raise ValueError(
-            f"{type(config).__name__}: sublayers is {config.sublayers}; "
-            "choose attention, ffn or both."
-        )

@@ -147,8 +147,6 @@ class DataConfig:
     def __post_init__(self):
         if self.start_samples < 1:
             raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
-        if self.start_samples < 1:
-            raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
         if not 0 < self.replay_share < 1:
             raise ValueError(
                 f"data.replay_share is {self.replay_share}; it must lie above 0 and below 1. "

@@ -251,6 +251,7 @@ def test_a_killed_cell_is_reported_and_the_rest_goes_on(write_grid, monkeypatch)
     report = run.compare(write_grid(axes={"rank": AXES["rank"]}, exclude=[]))
     assert [f["error"] for f in report["failures"]] == ["killed by SIGKILL"] * 2
     assert not report["rows"] and "killed by SIGKILL" in table.render(report)
+    assert "no cell is complete yet" in table.render(report) and "None" not in table.render(report)
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(write_grid, in_process, capsys):

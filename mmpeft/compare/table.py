@@ -199,7 +199,9 @@ def notes(report: dict) -> list[str]:
     measured = (one for row in report["rows"] for part in ("metrics", "retention")
                 for one in row[part].values())  # fmt: skip
     kinds = {one["interval"] for one in measured if one is not None}
-    said = [f"{report['task']}, {report['n']} test rows; accuracy in percent"]
+    said = ["no cell is complete yet"]
+    if report["rows"]:
+        said = [f"{report['task']}, {report['n']} test rows; accuracy in percent"]
     if "seeds" in kinds:
         said.append("[95% interval]: Student's t over the seeds, all on the same test rows")
     if "rows" in kinds:

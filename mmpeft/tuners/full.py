@@ -18,8 +18,7 @@ class FullTuningConfig(PeftConfig):
     """All weights of the LLM's layers and norms train, as copies that start at the LLM's own.
 
     Not the embeddings, what projects them, nor the vocabulary projection. The copies are float32
-    whatever the LLM's type, and are what a checkpoint holds: as much as the LLM. The LLM computes
-    in its own type.
+    whatever the LLM's type, and are what a checkpoint holds. The LLM computes in its own type.
 
     Attributes:
         target_modules: names of the modules that train; ``None`` is all of the above.

@@ -56,8 +56,8 @@ class TextKL:
 
     Attributes:
         weight: of the term in the loss.
-        positions: number of positions of the whole optimizer step, over all micro-batches and
-            processes; ``None`` takes those of the batch.
+        positions: number of positions of the whole optimizer step, over all micro-batches;
+            ``None`` takes those of the batch.
         seen: ``[nats, positions]`` since the last :meth:`take`.
     """
 

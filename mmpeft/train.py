@@ -222,7 +222,7 @@ def total_steps(arguments, samples: int) -> int:
     if arguments.max_steps > 0:
         return arguments.max_steps
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    return math.ceil(samples * arguments.num_train_epochs / (batch * arguments.world_size))
+    return math.ceil(samples * arguments.num_train_epochs / batch)
 
 
 class BridgeTrainer(Trainer):
@@ -256,15 +256,12 @@ class BridgeTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.text_kl is not None:  # counted as transformers counts ``items``
-            positions = torch.tensor(self.text_kl.count(samples), device=device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                positions = self.accelerator.gather(positions).sum()
-            self.text_kl.positions = int(positions)
+            self.text_kl.positions = self.text_kl.count(samples)
         return samples, items
 
     def log(self, logs, start_time=None):
         if self.text_kl is not None and "loss" in logs:
-            nats, positions = self.accelerator.reduce(self.text_kl.take().to(self.args.device))
+            nats, positions = self.text_kl.take()
             if positions:
                 logs["kl_to_base"] = (nats / positions).item()
         super().log(logs, start_time)
@@ -302,11 +299,10 @@ class BridgeTrainer(Trainer):
 
 def _by_decay(parameters) -> list[tuple[bool, list]]:
     """Parameters that decay, and those that do not: biases and norms, as in transformers."""
-    parameters = list(parameters)
-    parts = [
-        (decays, [p for p in parameters if (p.dim() > 1) is decays]) for decays in (True, False)
-    ]
-    return [(decays, own) for decays, own in parts if own]
+    parts = {True: [], False: []}
+    for parameter in parameters:
+        parts[parameter.dim() > 1].append(parameter)
+    return [(decays, own) for decays, own in parts.items() if own]
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

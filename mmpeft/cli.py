@@ -157,6 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     retain.add_argument("--task", default="easy_vqa", help="source of image prompts (easy_vqa)")
     retain.add_argument("--image", metavar="FILE", help="the irrelevant picture (starter photos)")
     retain.add_argument("--samples", type=int, metavar="N", help="items a text task (all)")
+    retain.add_argument(
+        "--prose_tokens", type=int, default=16384, metavar="N", help="length of the prose (16384)"
+    )
     retain.add_argument("--seed", type=int, default=0, help="draws items and prompts (0)")
     retain.add_argument(
         "--margin", type=float, default=2.0, help="points of loss that still count as retained (2)"
@@ -357,7 +360,8 @@ def _retain(arguments):
     options = {
         "suite": arguments.tasks or arguments.suite, "suite_folder": arguments.include_path,
         "data_dir": arguments.data_dir, "modes": arguments.modes, "image": arguments.image,
-        "samples": arguments.samples, "seed": arguments.seed, "margin": arguments.margin / 100,
+        "samples": arguments.samples, "prose_tokens": arguments.prose_tokens,
+        "seed": arguments.seed, "margin": arguments.margin / 100,
         "output": arguments.output,
         "cache": None if arguments.no_cache else cache_home() / "retention",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmpeft import __version__, cli
+from mmpeft import __version__, checkpoint, cli
 from mmpeft.compare import figures, run, table
 from mmpeft.compare import grid as grids
 from mmpeft.compare.cell import CellConfig, read_result, run_cell
@@ -355,15 +355,19 @@ def test_retention_is_measured_against_the_base(write_grid, in_process, monkeypa
     from mmpeft.retention import statistics
 
     monkeypatch.setattr(statistics, "above_chance", lambda *args: True)  # a random LLM is not
-    axes, retain = {"method": {"lora": None}}, {"samples": 2, "modes": ["text"]}
+    axes, retain = {"method": {"lora": None}}, {"samples": 2, "prose_tokens": 60}
+    retain |= {"modes": ["text"]}
     report = run.compare(write_grid(axes=axes, exclude=[], retain=retain))
-    assert report["modes"] == ["text"]
+    assert report["modes"] == ["text", "prose"]
     cell = Path(report["grid"]).parent / "out/cells/lora,seed0"
     full = json.loads((cell / "retain/report.json").read_text())
     overall, own = full["modes"]["text"]["overall"], read_result(cell)["retention"]["text"]
     assert own == {key: overall[key] for key in own} and own["verdict"] == "retained"
     assert report["rows"][0]["retention"]["text"]["exact"] and own["exact"]  # gate sample
     assert full["provenance"]["suite"]["samples"] == 2
+    assert full["provenance"]["text"]["tokens"] == 60
+    prose = read_result(cell)["retention"]["prose"]
+    assert prose == {"delta": 0, "ci95": None, "exact": True, "kl": 0}
 
 
 # ------------------------------------------------------------------------------- the table
@@ -431,7 +435,7 @@ def test_the_front_is_what_nothing_beats_on_both_axes():
     assert [row["on_front"].get("text") for row in rows] == [*table.front(points), None]
 
 
-def test_without_an_adapter_there_is_no_retention_to_measure(write_grid):
+def test_without_an_adapter_the_llm_is_the_base(write_grid, tmp_path):
     from mmpeft.compare.cell import retain_cell
     from mmpeft.compare.grid import RetainConfig
     from mmpeft.config import RunConfig
@@ -439,11 +443,14 @@ def test_without_an_adapter_there_is_no_retention_to_measure(write_grid):
     axes = {"method": {"connector": {"model.adapter": None, "model.gate": "none"}}}
     _, _, (cell,) = load_grid(write_grid(axes=axes, exclude=[]))
     config = from_mapping(RunConfig, cell.recipe, "cell")
-    found = retain_cell(Path("nowhere"), config, RetainConfig(modes=["text"]))
-    assert found == {"text": None}
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", checkpoint.CONNECTOR_FILE):  # and no folder of an adapter
+        (tmp_path / "run" / name).touch()
+    found = retain_cell(tmp_path, config, RetainConfig(modes=["text"]))
     report = pooled([result({"m": "a"}, 0, 0.5) | {"retention": found}], {"m": ["a"]})
     (row,) = report["rows"]
-    assert row["retention"] == {"text": None} and "-" in table.cells(report, row)
+    assert row["on_front"] == {"text": True, "prose": True}
+    assert table.cells(report, row).count("0 (exact)") == 2
 
 
 def under_columns(report):

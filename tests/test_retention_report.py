@@ -92,7 +92,7 @@ def report_of(images, folder):
         if not isinstance(model, Sides):
             options = {"image_prompts": chats} | options
         defaults = {"suite": "small", "suite_folder": folder, "irrelevant_image": images[0]}
-        return retain(model, processor, **{**defaults, "max_tokens": 60, **options})
+        return retain(model, processor, **{**defaults, "prose_tokens": 60, **options})
 
     return run
 
@@ -136,7 +136,7 @@ def test_a_gated_bridge_on_the_embedded_suite(tiny, images, tmp_path, monkeypatc
     chats = [[user(image, "What is it?"), assistant("A hat.")] for image in images[1:]]
     report, items = retain(
         model, processor, image_prompts=chats, irrelevant_image=images[0], samples=3,
-        modes=["text"], max_tokens=100,
+        modes=["text"], prose_tokens=100,
     )  # fmt: skip
     assert capsys.readouterr().out == ""
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
@@ -497,7 +497,7 @@ def test_two_checkpoints_take_turns_in_memory(
     no_network(monkeypatch)
     output = tmp_path / "out"
     report = retain_pair(
-        llm_dir, tuned_dir, suite="small", suite_folder=folder, max_tokens=60, output=output,
+        llm_dir, tuned_dir, suite="small", suite_folder=folder, prose_tokens=60, output=output,
         dtype="float32", cache=tmp_path / "cache",
     )  # fmt: skip
     assert (output / "items.jsonl").is_file() and (output / "report.html").is_file()

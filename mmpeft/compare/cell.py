@@ -16,6 +16,7 @@ import torch
 from mmpeft import adapters, checkpoint
 from mmpeft.cache import cache_home
 from mmpeft.compare.grid import RetainConfig, ScoreConfig, read_yaml
+from mmpeft.compare.table import PROSE
 from mmpeft.config import STAGES, RunConfig, from_mapping, load
 from mmpeft.evaluate import evaluate
 
@@ -150,22 +151,38 @@ def score_cell(folder: Path, config: RunConfig, settings: ScoreConfig) -> dict:
 
 
 def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict:
-    """The report of ``mmpeft retain``, kept in ``retain/``, and the pooled difference per mode."""
+    """The report of ``mmpeft retain``, kept in ``retain/``: the pooled difference in each mode.
+
+    Under ``prose`` the share by which the bits per byte of prose are fewer than the base's
+    (negative where they are more), and ``kl``, the mean divergence in nats a token.
+    """
     from mmpeft.retention import retain_run
 
-    if config.model.adapter is None and config.model.start_from is None:
-        return dict.fromkeys(settings.modes)  # there is no tuned LLM to compare with its base
+    if checkpoint.adapter_config(checkpoint.find_checkpoint(folder / "run")) is None:
+        # the connector reads pictures alone: in every mode the LLM is the base
+        return {
+            mode: {"delta": 0.0, "ci95": [0.0, 0.0], "exact": True, "verdict": "retained"}
+            for mode in [*settings.modes, PROSE]
+        }
     report = retain_run(
         folder / "run", config.data.task, suite=settings.suite, modes=settings.modes,
         suite_folder=settings.include_path, data_dir=settings.data_dir, samples=settings.samples,
-        seed=settings.seed, margin=settings.margin, output=folder / "retain",
-        cache=cache_home() / "retention",
+        prose_tokens=settings.prose_tokens, seed=settings.seed, margin=settings.margin,
+        output=folder / "retain", cache=cache_home() / "retention",
     )  # fmt: skip
     kept = ("delta", "ci95", "base", "n", "exact", "verdict")
-    return {
+    found = {
         mode: body["overall"] and {key: body["overall"][key] for key in kept}
         for mode, body in report["modes"].items()
     }
+    bits = report["bits_per_byte"]
+    found[PROSE] = {
+        "delta": 1 - bits["bridge"] / bits["base"],
+        "ci95": None,
+        "exact": report["provenance"]["text"]["max_abs_dlogit"] == 0,
+        "kl": report["kl"]["mean"],
+    }
+    return found
 
 
 def write_json(path: Path, value: dict) -> None:

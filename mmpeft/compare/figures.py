@@ -7,7 +7,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mmpeft.compare.table import scale
+from mmpeft.compare.table import PROSE, scale
 from mmpeft.retention.plots import INK, STYLE, minus
 
 ON, OFF = "#d9541a", "#2f82bd"
@@ -43,7 +43,8 @@ def draw_front(report: dict, path: Path) -> None:
 
 def _front_panel(axes, report: dict, rows: list[tuple], mode: str, factor: float) -> None:
     axes.set_title(mode, loc="left", fontweight="bold", fontsize=10)
-    axes.set_xlabel(minus("text: bridge - base, points"))
+    unit = "bits per byte saved, %" if mode == PROSE else "text: bridge - base, points"
+    axes.set_xlabel(minus(unit))
     axes.axvline(0, color=INK, linewidth=1)
     axes.grid()
     axes.margins(0.1)
@@ -55,7 +56,8 @@ def _front_panel(axes, report: dict, rows: list[tuple], mode: str, factor: float
         x, y = 100 * text["mean"], factor * score["mean"]
         on = row["on_front"][mode]
         colour = ON if on else OFF
-        axes.plot([100 * end for end in text["ci95"]], [y, y], color=colour, alpha=0.45, lw=1)
+        ends = text["ci95"] or [text["mean"]] * 2  # of one seed, prose has none
+        axes.plot([100 * end for end in ends], [y, y], color=colour, alpha=0.45, lw=1)
         axes.plot([x, x], [factor * end for end in score["ci95"]], color=colour, alpha=0.45, lw=1)
         axes.plot(x, y, "o", color=colour, markersize=11, zorder=3 + on,
                   markerfacecolor=colour if on else "#fefefe")  # fmt: skip

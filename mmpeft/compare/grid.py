@@ -49,6 +49,7 @@ class RetainConfig:
         include_path: folder of further lm-eval YAML files.
         data_dir: data of suite standard_local.
         samples: items of each text task; null takes all.
+        prose_tokens: length of the prose that both sides predict.
         modes: text, with_image, after_image.
         seed: draws items and image prompts.
         margin: loss that still counts as retained, as a share.
@@ -58,6 +59,7 @@ class RetainConfig:
     include_path: str | None = None
     data_dir: str | None = None
     samples: int | None = None
+    prose_tokens: int = 16384
     modes: list[Literal["text", "with_image", "after_image"]] = field(
         default_factory=lambda: ["text", "after_image"]
     )

@@ -22,7 +22,7 @@ from mmpeft.retention.statistics import MARGIN
 from mmpeft.retention.store import ENGINE
 from mmpeft.retention.suite import Suite
 from mmpeft.retention.terminal import render
-from mmpeft.retention.text import compare_text, embedded_text
+from mmpeft.retention.text import PROSE_TOKENS, compare_text, embedded_text
 from mmpeft.task import pictures as pictures_of
 from mmpeft.task import words
 
@@ -51,7 +51,7 @@ def retain(
     seed: int = 0,
     margin: float = MARGIN,
     text: str | None = None,
-    max_tokens: int = 16384,
+    prose_tokens: int = PROSE_TOKENS,
     cache: str | Path | None = None,
 ) -> tuple[dict, list[dict]]:
     """Compare a tuned model with its base on text.
@@ -67,7 +67,7 @@ def retain(
         modes: which of "text", "with_image", "after_image"; default: all the model can do.
         samples: items of each task, chosen by `seed` (None: all).
         margin: loss that still counts as retained, as a share (0.02 is two points).
-        text, max_tokens: the prose to predict (default: Python's own) and how much of it.
+        text, prose_tokens: the prose to predict (default: Python's own) and how much of it.
         cache: folder of answers already given (see :mod:`.store`); None: none are kept.
 
     Returns:
@@ -89,6 +89,8 @@ def retain(
     if not 0 < margin < 1:
         raise ValueError(f"margin={margin}: give a loss above 0 and below 1 (100 points)")
     modes = check_modes(modes, sides)
+    if prose_tokens < 1:
+        raise ValueError(f"prose_tokens={prose_tokens}: give 1 or more")
     questions = Suite(suite, suite_folder, samples, seed, data_dir)  # fails at once if misspelt
     names = {side: sides.identity(side) for side in ("base", "bridge")}
     if names["base"]["sha256"] == names["bridge"]["sha256"]:
@@ -100,7 +102,7 @@ def retain(
     exchanges = {mode: exchanges_of(mode, pictures, image_prompts) for mode in modes}
     prompts = [without_answer(chat) for chat in image_prompts[:IMAGE_PROMPTS]]
     deltas = prove(sides, prompts, pictures[0].picture if pictures else None)
-    prose = compare_text(sides, embedded_text() if text is None else text, max_tokens=max_tokens)
+    prose = compare_text(sides, embedded_text() if text is None else text, max_tokens=prose_tokens)
     moved = deltas["text"] > 0 or prose["max_abs_dlogit"] > 0
     found = compare_sides(
         sides, questions, exchanges, margin=margin, moved=moved, cache=cache,
@@ -155,7 +157,8 @@ def retain(
 def retain_run(
     run, task, *, image=None, seed: int = 0, scales: list[float] | None = None, output=None,
     suite: str | list[str] = "embedded", suite_folder=None, data_dir=None, modes=None,
-    samples: int | None = None, margin: float = MARGIN, cache=None,
+    samples: int | None = None, prose_tokens: int = PROSE_TOKENS, margin: float = MARGIN,
+    cache=None,
 ) -> dict:  # fmt: skip
     """Load a run, measure its retention, and keep the report in the run folder.
 
@@ -164,7 +167,8 @@ def retain_run(
         image: path of the irrelevant picture (default: starter photographs).
         scales: also turn the dial, on the same tasks and modes (see :mod:`.dial`).
         output: where to write instead of `RUN/retain`; a bare checkpoint is left as it is.
-        suite, suite_folder, data_dir, modes, samples, margin, cache: see :func:`retain`.
+        suite, suite_folder, data_dir, modes, samples, prose_tokens, margin, cache: see
+            :func:`retain`.
     """
     from mmpeft.retention.dial import check_scales, turn
 
@@ -178,7 +182,8 @@ def retain_run(
     report, items = retain(
         BridgeSides(model, processor, str(run)), image_prompts=image_prompts,
         irrelevant_image=picture, suite=suite, suite_folder=suite_folder, data_dir=data_dir,
-        modes=modes, samples=samples, seed=seed, margin=margin, cache=cache,
+        modes=modes, samples=samples, prose_tokens=prose_tokens, seed=seed, margin=margin,
+        cache=cache,
     )  # fmt: skip
     if output is None and find_checkpoint(run) != Path(run):
         output = Path(run) / "retain"

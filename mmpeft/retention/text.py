@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mmpeft.language_model import context_length
 from mmpeft.retention.sides import RetentionError, Sides, paired_logits, positions, start_token
 
+PROSE_TOKENS = 16384
 CHUNK = 128  # positions whose log-probabilities (CHUNK, V) are held in float32 at a time
 
 
@@ -29,8 +30,9 @@ def embedded_text() -> str:
 
 
 def compare_text(
-    sides: Sides, text: str, *, max_tokens: int = 16384, window: int = 512, batch_size: int = 2
-) -> dict:
+    sides: Sides, text: str, *, max_tokens: int = PROSE_TOKENS, window: int = 512,
+    batch_size: int = 2,
+) -> dict:  # fmt: skip
     """Base and bridge on the first `max_tokens` tokens of `text`.
 
     The tokens are cut into windows of `window` inputs, each opened by the start token; every token

@@ -252,7 +252,7 @@ def _show(arguments, report: dict, text: str) -> None:
 
 
 def _task(name: str):
-    from mmpeft.config import did_you_mean
+    from mmpeft.config_errors import did_you_mean
     from mmpeft.task import all_tasks
 
     tasks = all_tasks()

@@ -5,10 +5,8 @@ short name) with ``init_args``; misspelt keys are refused with the nearest valid
 """
 
 import dataclasses
-import difflib
 import importlib
 import os
-import re
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from transformers import TrainingArguments
 import mmpeft.connectors
 import mmpeft.tasks
 import mmpeft.tuners  # noqa: F401 (importing them makes their classes known by short name)
+from mmpeft.config_errors import Known, explain
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.layout import ResolutionConfig
@@ -443,26 +442,19 @@ def _parsed(cls: type, where, sections: dict, parse) -> tuple:
             parts.pop("config", None)
             return cls(**parts), resolved
     except ArgumentError as error:
-        raise ValueError(f"{where}: {_explain(str(error), sections)}") from None
+        raise ValueError(f"{where}: {explain(str(error), _known(sections))}") from None
+    except ValueError as error:
+        if not str(error).startswith("Does not validate"):
+            raise
+        raise ValueError(f"{where}: {explain(str(error), _known(sections))}") from None
 
 
-def _explain(message: str, sections: dict) -> str:
-    """jsonargparse's error in one line, with the nearest valid key or class."""
-    if found := _UNKNOWN_KEY.search(message):
-        key = next(filter(None, found.groups()))
-        ours = {name: where for where, cls in sections.items() for name in _keys(cls)}
-        every = _keys(*_all_parts())
-        wrong = next((part for part in key.split(".") if part not in ours.keys() | every), None)
-        if wrong is None:  # every word exists, only not here
-            wrong = key.split(".")[-1]
-            if wrong in ours:
-                return f"unknown key {key!r}. Did you mean {ours[wrong] + wrong!r}?"
-        near_ours = difflib.get_close_matches(wrong, ours, n=1, cutoff=0.7)
-        return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or ours.keys() | every)}"
-    if found := _UNKNOWN_CLASS.search(message):
-        known = [cls.__name__ for cls in _subclasses(_BASES[found[1]])]
-        return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], known)}"
-    return " ".join(message.split())
+def _known(sections: dict) -> Known:
+    return Known(
+        keys={name: where for where, cls in sections.items() for name in _keys(cls)},
+        options=_keys(*_all_parts()),
+        classes={name: [c.__name__ for c in _subclasses(base)] for name, base in _BASES.items()},
+    )
 
 
 _SECTIONS = {
@@ -470,14 +462,6 @@ _SECTIONS = {
     "speed.": SpeedConfig, "rank_search.": RankSearchConfig,
     "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
 }  # fmt: skip
-_UNKNOWN_KEY = re.compile(
-    r"Option '([\w.]+)' is not accepted"
-    r"|does not accept option '([\w.]+)'"
-    r"|nrecognized arguments: --([\w.]+)"
-)
-_UNKNOWN_CLASS = re.compile(
-    r'key "(?:\w+\.)*(\w+)":\s.*?Expected a dot import path string: (\w+)', re.DOTALL
-)
 _BASES = {
     "vision_encoder": VisionEncoderConfig,
     "connector": ConnectorConfig,
@@ -499,12 +483,6 @@ def _all_parts():
 
 def _keys(*classes) -> set[str]:
     return {f.name for c in classes if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)}
-
-
-def did_you_mean(word: str, known) -> str:
-    """`` Did you mean 'x'?``, or the list of what there is."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(set(known)))}."
 
 
 def task_of_run(run) -> Task | None:

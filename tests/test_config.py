@@ -99,10 +99,18 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, old, new, message
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("gate: sample", "gate: sometimes", "gate"),
+        (
+            "gate: sample",
+            "gate: sometimes",
+            "model.gate is 'sometimes'; use none, sample, image_tokens, after_image or null.$",
+        ),
+        ("gate: sample", "gate: samples", "Did you mean 'sample'"),
+        ("r: 4", "r: four", "model.adapter.r is 'four'; use a whole number.$"),
+        ("gate:", "rank: otto\n  gate:", "model.rank is 'otto'; use auto, a whole number or null."),
         ("data:", "data:\n  replay_share: 1.0", "replay_share is 1.0; it must lie above 0"),
         ("data:", "data:\n  replay: {class_path: Mesages}", "replay: .*Did you mean 'Messages'"),
-        ("max_steps: 8", "max_steps: many", "max_steps"),
+        ("max_steps: 8", "max_steps: many", "instruct.max_steps is 'many'; use a whole number.$"),
+        ("max_steps: 8", "lr_scheduler_type: cosin", "cosin is not a valid SchedulerType"),
         ("output_dir", "  - output_dir", "recipe.yaml"),
     ],
 )

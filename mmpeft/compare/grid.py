@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft import __version__
-from mmpeft.config import RunConfig, did_you_mean, from_mapping
+from mmpeft.config import RunConfig, from_mapping
+from mmpeft.config_errors import did_you_mean
 from mmpeft.task import Task
 
 LABEL = re.compile(r"[\w.%+=-]+")

@@ -16,7 +16,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from mmpeft.config import did_you_mean
+from mmpeft.config_errors import did_you_mean
 from mmpeft.retention.engine import SideLM
 from mmpeft.retention.modes import without_mark
 from mmpeft.retention.sides import RetentionError

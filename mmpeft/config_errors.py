@@ -1,0 +1,91 @@
+"""What jsonargparse says of a bad configuration, in one line that names key, value and remedy."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """The names that a configuration knows.
+
+    Attributes:
+        keys: by each key of its own sections, the prefix of the section, as ``"data."``.
+        options: the keys of its parts, too.
+        classes: by each field that names a class, the classes it may name.
+    """
+
+    keys: Mapping[str, str]
+    options: Collection[str]
+    classes: Mapping[str, list[str]]
+
+
+UNKNOWN_KEY = re.compile(
+    r"Option '([\w.]+)' is not accepted"
+    r"|does not accept option '([\w.]+)'"
+    r"|nrecognized arguments: --([\w.]+)"
+)
+UNKNOWN_CLASS = re.compile(
+    r'key "(?:\w+\.)*(\w+)":\s.*?Expected a dot import path string: (\w+)', re.DOTALL
+)
+KEY = re.compile(r'Parser key "([^"]+)":')
+EXPECTED = re.compile(r"Expected an? (.+?)(?=\. Got value| - |; | Given value|$)")
+VALUE = re.compile(r"G(?:ot|iven) value: (.*?)(?= - Expected| Given value|$)")
+TYPES = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text",
+    "<class 'bool'>": "true or false", "<class 'NoneType'>": "null",
+}  # fmt: skip
+
+
+def explain(message: str, known: Known) -> str:
+    """An error of jsonargparse in one line, with the nearest valid key, class or value."""
+    message = " ".join(message.split())
+    if found := UNKNOWN_KEY.search(message):
+        return _unknown_key(next(filter(None, found.groups())), known)
+    if found := UNKNOWN_CLASS.search(message):
+        names = known.classes[found[1]]
+        return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], names)}"
+    return _bad_value(message) or message
+
+
+def _unknown_key(key: str, known: Known) -> str:
+    every = known.keys.keys() | set(known.options)
+    wrong = next((part for part in key.split(".") if part not in every), None)
+    if wrong is None:  # every word exists, only not here
+        wrong = key.split(".")[-1]
+        if wrong in known.keys:
+            return f"unknown key {key!r}. Did you mean {known.keys[wrong] + wrong!r}?"
+    near_ours = difflib.get_close_matches(wrong, known.keys, n=1, cutoff=0.7)
+    return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or every)}"
+
+
+def _bad_value(message: str) -> str | None:
+    """``model.gate is 'after_images'; use ...``: of the key inside all others, where it ends."""
+    keys = list(KEY.finditer(message))
+    inner = message[keys[-1].end() :] if keys else message
+    value, expected = VALUE.search(inner), EXPECTED.findall(inner)
+    if not (keys and value and expected):
+        # a part that refused its options says so in its own words
+        own = re.search(r"Errors: - (.+?) - Expected a <class 'NoneType'>", message)
+        return own and own[1]
+    if "Subtypes:" not in inner:
+        expected = expected[:1]  # the others belong to a key around it
+    words, types = [], []
+    for one in dict.fromkeys(expected):
+        literal = re.fullmatch(r"typing\.Literal\[(.+)\]", one)
+        words += re.findall(r"'([^']*)'", literal[1]) if literal else []
+        types += [] if literal else [TYPES.get(one, one)]
+    near = difflib.get_close_matches(value[1], words, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    name = ".".join(key[1] for key in keys)
+    return f"{name} is {value[1]!r}; use {_either(words + types)}.{hint}"
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def did_you_mean(word: str, known) -> str:
+    """`` Did you mean 'x'?``, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(set(known)))}."

@@ -1,5 +1,6 @@
 # make quickstart   from a fresh clone to a bridge that chats (CHAT=0 stops before the chat)
 # make test         all tests, on every core
+# make soak         kills, torn files, full disks, thousands of steps (docs/reliability.md)
 # make lint         ruff, as the checks run it
 # make venv         .venv with everything, the mmpeft command included
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 CHAT ?= 1
 
-.PHONY: venv test lint quickstart
+.PHONY: venv test soak lint quickstart
 venv: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml
@@ -20,6 +21,11 @@ $(VENV)/.complete: pyproject.toml
 
 test: venv
 	$(BIN)/python -m pytest -n logical --dist worksteal
+
+soak: venv  # files that make test does not collect; one thread, since children are forked
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -s tests/soak/kills.py tests/soak/faults.py tests/soak/long.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --examples 100000
 
 lint: venv
 	$(BIN)/ruff check .

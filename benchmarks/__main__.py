@@ -5,6 +5,7 @@
     python -m benchmarks aids        cost of each aid that keeps text as it was
     python -m benchmarks eval        scoring a vision task, against one row at a time
     python -m benchmarks retain      scoring text skills, against lm-eval's HFLM
+    python -m benchmarks data        opening and checking a million rows
 
 Each takes --help and --json. Nothing else should run on the machine.
 """
@@ -14,7 +15,7 @@ import sys
 
 MODULES = {
     "train": "train", "scaling": "scaling", "aids": "aids", "eval": "evaluation",
-    "retain": "retention_speed",
+    "retain": "retention_speed", "data": "data",
 }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
+from mmpeft.durable import CHECKSUMS
 from mmpeft.evaluate import generate_replies
 from mmpeft.task import all_tasks
-from mmpeft.train import COMPLETE
 
 
 def measure(checkpoint: Path, task, rows) -> dict[str, float]:
@@ -43,7 +43,7 @@ def main():
     rows = random.Random(0).sample(task.rows("test"), arguments.samples)
     began = (arguments.run / "config.yaml").stat().st_mtime
     markers = sorted(
-        arguments.run.glob(f"stages/instruct/checkpoint-*/{COMPLETE}"),
+        arguments.run.glob(f"stages/instruct/checkpoint-*/{CHECKSUMS}"),
         key=lambda marker: marker.stat().st_mtime,
     )
     minutes = [(marker.stat().st_mtime - began) / 60 for marker in markers]

@@ -1,5 +1,12 @@
 """Random changes to training pictures, made before the image processor sees them."""
 
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
 from PIL import Image
 
 
@@ -36,3 +43,25 @@ class Augmentation:
                 )
             image = changed.convert("RGB")
         return image
+
+
+@contextmanager
+def drawn_by(seed: int, index: int, on: bool = True) -> Iterator[None]:
+    """Inside, torch (CPU), numpy and Python draw what belongs to ``seed`` and ``index`` alone.
+
+    Outside, their generators are as they were. Nothing happens unless ``on``.
+    """
+    if not on:
+        yield
+        return
+    drawn = int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8])
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(drawn)
+        random.seed(drawn)
+        np.random.seed(drawn % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)

@@ -5,22 +5,24 @@ import torch.nn.functional as F
 
 from mmpeft.data import ConversationDataset, join_images
 from mmpeft.language_model import embedding_std
+from mmpeft.streaming import some
 
 
 @torch.no_grad()
 def calibrate(model, dataset: ConversationDataset, num_images: int = 256, cache=None) -> None:
     """Give the connector the statistics of the frozen features, from evenly spread samples.
 
+    Those of a stream are its first.
+
     A :class:`~mmpeft.feature_cache.FeatureCache` is used, and filled, where pictures are shown to
     the encoder as in training.
     """
-    step = max(1, len(dataset) // num_images)
     features, store = [], getattr(dataset, "store", None)
     if model.layout.config.mode == "native":
         cache = None
     if store is not None:
         dataset.store = store if cache else None
-    for index in range(0, len(dataset), step):
+    for index in some(dataset, num_images):
         images = join_images([dataset[index]])
         if images:  # one picture, or one tile, of each sample
             features.append(_one_of(model, images, len(features), cache))

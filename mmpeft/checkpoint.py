@@ -1,15 +1,18 @@
 """What a checkpoint holds, and loading that refuses to guess.
 
 A checkpoint is a folder: ``config.json`` (parts by name, identities of the frozen ones),
-``connector.safetensors``, ``adapter/`` in peft's own format, and the processor's files. The
-frozen weights are never in it; they are found by name and must hash to what was trained on.
+``connector.safetensors``, ``adapter/`` in peft's own format, and the processor's files. Training
+adds ``checksums.json``, and then every file must be as it was written. The frozen weights are never
+in it; they are found by name and must hash to what was trained on.
 """
 
 import dataclasses
 import json
 from pathlib import Path
 
+from mmpeft import durable
 from mmpeft.language_model import embedding_size, load_language_model
+from mmpeft.weights import readable
 
 CONNECTOR_FILE = "connector.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -73,6 +76,7 @@ def save(model, directory) -> None:
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    durable.unseal(directory)
     model.config.save_pretrained(directory)
     connector = {k: v.contiguous().cpu() for k, v in model.connector.trained_state().items()}
     save_file(connector, directory / CONNECTOR_FILE, metadata={"format": "pt"})
@@ -98,8 +102,9 @@ def load_model(
 
     Raises:
         ValueError: a frozen part is not the one trained on, the weights do not fit exactly, or the
-            bridge has an adapter already.
+            bridge has an adapter already; a file is torn (see :mod:`mmpeft.durable`).
     """
+    durable.verify(Path(directory))
     config = cls.config_class.from_pretrained(directory)
     parts = saved_parts(config, directory)
     adapter_and_gate = choose_adapter(parts, adapter, gate, directory)
@@ -161,7 +166,8 @@ def load_trained(model, directory, new_adapter: bool = False) -> None:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    state = load_file(directory / CONNECTOR_FILE)
+    with readable(str(directory / CONNECTOR_FILE)):
+        state = load_file(directory / CONNECTOR_FILE)
     _require_same_keys(state, model.connector.trained_state(), directory / CONNECTOR_FILE)
     model.connector.load_state_dict(state, strict=False)  # the frozen keys are in place already
     adapter_file = directory / ADAPTER_FOLDER / "adapter_model.safetensors"
@@ -172,7 +178,8 @@ def load_trained(model, directory, new_adapter: bool = False) -> None:
             f"{adapter_file.name} is {'missing' if has_adapter else 'there'}."
         )
     if has_adapter:
-        state = load_file(adapter_file)
+        with readable(str(adapter_file)):
+            state = load_file(adapter_file)
         expected = get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
         _require_same_keys(state, expected, adapter_file)
         set_peft_model_state_dict(model.language_model, state)

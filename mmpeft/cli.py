@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"mmpeft: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("mmpeft: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # training says how to go on, and which signal it was
+        print(f"mmpeft: interrupted{str(stop) and f'; {stop}'}", file=sys.stderr)
+        return getattr(stop, "code", 130)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument("recipe", metavar="CONFIG.yaml", help="recipe, see configs/")
     _add_json(plan)
+
+    _add_data(command)
 
     compare = command(
         "compare", _compare, "train and measure a grid of methods, ranks, data and seeds",
@@ -231,6 +233,54 @@ def build_parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_data(command):
+    data = command(
+        "data", lambda arguments: data.print_help(), "look at data before anything trains on it",
+        example="example:\n  mmpeft data check chats.jsonl --recipe configs/quickstart.yaml",
+    )  # fmt: skip
+    check = data.add_subparsers(metavar="COMMAND").add_parser(
+        "check", help="read every row once, and say what is wrong with it",
+        description="read every row once, and say what is wrong with it", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  mmpeft data check chats.jsonl\n"
+        "  mmpeft data check llava_instruct.json --image_root coco/train2017\n"
+        "  mmpeft data check train.parquet --columns image=picture caption=text \\\n"
+        "    --eval test.parquet\n"
+        "  mmpeft data check chats.jsonl --recipe configs/quickstart.yaml\n"
+        "  mmpeft data check chats.jsonl --run runs/quickstart --json\n\n"
+        "Errors are told by file, row, field and remedy: rows that are no chat, image counts\n"
+        "that do not fit, roles, order, empty turns, pictures that cannot be read to their end,\n"
+        "rows that are there twice; with --eval, evaluation rows whose picture (without pictures,\n"
+        "whose question) is trained on; with --recipe or --run, what is too long or has no token\n"
+        "to learn from. Those also show rows as the model sees them, token by token.\n"
+        "The report lands in --output: report.html, report.json, data.png.\n"
+        "Exit code 1 if there is any error.",
+    )  # fmt: skip
+    check.set_defaults(command=_data_check)
+    check.add_argument("files", metavar="FILE", nargs="+", help="file, folder or hub name")
+    check.add_argument("--eval", metavar="FILE", nargs="+", default=[], help="scored on, not "
+                       "trained on; checked, too, and against the others")  # fmt: skip
+    check.add_argument("--format", default="auto", help="how rows are written (auto)")
+    check.add_argument("--split", help="split of a hub or saved data set")
+    check.add_argument("--columns", metavar="WHAT=NAME", nargs="+", default=[],
+                       help="what a table's columns are called, as image=picture")  # fmt: skip
+    check.add_argument("--prompt", nargs="+", metavar="TEXT",
+                       help="what a user says with a captioned picture")  # fmt: skip
+    check.add_argument("--image_root", metavar="DIR", help="folder that all images lie under")
+    check.add_argument("--allow_urls", action="store_true", help="fetch images from the web")
+    check.add_argument("--recipe", metavar="CONFIG.yaml", help="tokenise as this recipe will")
+    check.add_argument("--run", metavar="RUN", help="tokenise as this run or checkpoint does")
+    check.add_argument("--samples", type=int, default=10, metavar="N", help="rows to show (10)")
+    check.add_argument("--seed", type=int, default=0, help="draws these rows (0)")
+    check.add_argument("--max_errors", type=int, default=100, metavar="N",
+                       help="errors listed, of a kind and file (100)")  # fmt: skip
+    check.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
+    check.add_argument("--output", metavar="DIR", default="data_check",
+                       help="folder of the report (data_check)")  # fmt: skip
+    _add_json(check)
+
+
 def _add_json(parser):
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, only that")
 
@@ -303,6 +353,28 @@ def _compare(arguments):
         report = compare(arguments.grid, arguments.output_dir, arguments.redo)
     _show(arguments, report, render(report))
     return int(bool(report["failures"]))
+
+
+def _data_check(arguments):
+    from mmpeft.data_check import check_data, render, write
+    from mmpeft.data_check.processor import processor_of
+
+    given = [pair.partition("=") for pair in arguments.columns]
+    if bad := ["".join(pair) for pair in given if not all(pair)]:
+        raise ValueError(f"--columns {bad[0]}: write WHAT=NAME, as image=picture.")
+    checked = check_data(
+        arguments.files, arguments.eval,
+        processor=processor_of(arguments.recipe, run=arguments.run),
+        samples=arguments.samples, seed=arguments.seed, workers=arguments.workers,
+        max_errors=arguments.max_errors,
+        format=arguments.format, split=arguments.split, image_root=arguments.image_root,
+        columns={what: name for what, _, name in given} or None, allow_urls=arguments.allow_urls,
+        prompt=arguments.prompt,
+    )  # fmt: skip
+    folder = write(checked, arguments.output)
+    _show(arguments, checked.report, render(checked.report, checked.samples))
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    return int(any(checked.report["counts"].values()))
 
 
 def _import(arguments):

@@ -113,11 +113,36 @@ SETS_NO_RANK = {
 
 
 @dataclass
+class SourceConfig:
+    """A part of a mixture.
+
+    Attributes:
+        task: the task whose train split is used.
+        weight: its share of the samples, in proportion to the other sources' weights; null (for
+            all of them) shows every row once a pass.
+    """
+
+    task: Task
+    weight: float | None = None
+
+    def __post_init__(self):
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(
+                f"data.mixture: the weight of task {self.task.name} is {self.weight}; it must be "
+                "above 0. Leave out a source that is not wanted."
+            )
+
+
+@dataclass
 class DataConfig:
     """What it learns from.
 
     Attributes:
-        task: the task whose train split is used.
+        task: the task whose train split is used, and which is scored. With a mixture, one of its
+            tasks; null is then the first.
+        mixture: several sources to learn from by weight, as [{task: ..., weight: 3}, {task: ...,
+            weight: 1}]; null is task alone. A pass has as many samples as all sources together.
+            What is held out is of task, and so is what a rank is looked for with.
         align: the task of stage align where it is another (captions before chats, as in LLaVA);
             null is task.
         max_length: longest sample in tokens; null is the language model's context. Longer chats
@@ -132,9 +157,16 @@ class DataConfig:
         augmentation: transforms of training pictures, as [{class_path: RandomHorizontalFlip}]; any
             Transform of torchvision.transforms.v2, or your own, from PIL image to PIL image. Every
             picture is then encoded each time (no feature cache). null changes nothing.
+        on_bad_row: a row that cannot be learned from (no JSON, roles out of order, a picture that
+            cannot be read, too long) stops the run, or is passed over (skip), its place taken by
+            the next good row of its task. Rows passed over are listed in bad_rows.jsonl.
+        max_bad_rows: with skip, more different bad rows than this stop the run.
+        check_rows: rows of each task, drawn by the seed, that are tried before training begins; the
+            others are when they are drawn. 0 tries none.
     """
 
-    task: Task
+    task: Task | None = None
+    mixture: list[SourceConfig] | None = None
     align: Task | None = None
     max_length: int | None = None
     chats_per_sample: int = 1
@@ -142,14 +174,43 @@ class DataConfig:
     replay_share: float = 0.25
     start_samples: int = 256
     augmentation: list[Transform] | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    max_bad_rows: int = 100
+    check_rows: int = 64
 
     def __post_init__(self):
-        if self.start_samples < 1:
-            raise ValueError(f"data.start_samples is {self.start_samples}; it must be 1 or more.")
+        for name, low in (("start_samples", 1), ("max_bad_rows", 1), ("check_rows", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {low} or more.")
+        self._choose_task()
         if not 0 < self.replay_share < 1:
             raise ValueError(
                 f"data.replay_share is {self.replay_share}; it must lie above 0 and below 1. "
                 "Set data.replay to null to train without replay."
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the rows of any task are read one behind the other."""
+        tasks = [self.task, self.align, self.replay, *(one.task for one in self.mixture or ())]
+        return any(task is not None and task.streaming for task in tasks)
+
+    def _choose_task(self):
+        if self.mixture is None:
+            if self.task is None:
+                raise ValueError("data.task is missing; name a task, or several as data.mixture.")
+            return
+        if not self.mixture:
+            raise ValueError("data.mixture is empty; name its sources, or set it to null.")
+        if len({source.weight is None for source in self.mixture}) > 1:
+            raise ValueError("data.mixture: give every source a weight, or none.")
+        tasks = [source.task for source in self.mixture]
+        if self.task is None:
+            self.task = tasks[0]
+        elif self.task not in tasks:
+            raise ValueError(
+                f"data.task {self.task.name} is no source of data.mixture, so it would not be "
+                "learned; add it there, or leave out data.task."
             )
 
 
@@ -165,6 +226,9 @@ class StageConfig(TrainingArguments):
             (data.replay), where the LLM speaks, the bridge is held to what the LLM says with its
             adapter off. metrics.jsonl has the divergence as kl_to_base; loss is the sum of both.
         bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
+        train_sampling_strategy: order of the samples: random, sequential, or group_by_length, whose
+            batches are all with pictures or all without, and about equally long; less padding
+            where there is no packing, and steps of one kind.
         dataloader_num_workers: processes that make samples; null is up to 4 for a CUDA device, as
             far as there are CPU cores beside the one that trains, and otherwise 0: on a CPU,
             samples are a hundredth of the work, and workers would take its cores.
@@ -192,6 +256,11 @@ class StageConfig(TrainingArguments):
     def __post_init__(self):
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more.")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy batch_rebalance evens out several processes, training "
+                "runs in one; use group_by_length."
+            )
         if self.torch_compile:
             raise ValueError(
                 "torch_compile would compile the whole bridge anew for every length; set "
@@ -366,6 +435,8 @@ class RunConfig:
                 "speed.feature_cache is on, but data.augmentation shows each picture differently "
                 "every time; set one of them to null or off."
             )
+        if self.data.streams:
+            self._check_stream()
         if self.model.rank == "auto" and self.instruct is None:
             raise ValueError("model.rank is auto, but there is no stage instruct to find it for.")
         for name, part in (("data.replay", self.data.replay), ("retention", self.retention)):
@@ -374,6 +445,34 @@ class RunConfig:
                 raise ValueError(
                     f"{name} is about the adapter in stage instruct; set model.adapter and "
                     f"instruct, or set {name} to null."
+                )
+
+    def _check_stream(self):
+        """Refuse beside a stream what needs rows by number, or how many they are."""
+        for name, is_set, off in (
+            ("data.mixture", self.data.mixture, "null"),
+            ("data.replay", self.data.replay, "null"),
+            ("data.chats_per_sample", self.data.chats_per_sample > 1, "1"),
+            ("retention", self.retention, "null"),
+            ("model.rank", self.model.rank == "auto", "a number"),
+            ("speed.feature_cache", self.speed.feature_cache == "on", "auto or off"),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"{name} needs rows by number, and streaming reads them one behind the other; "
+                    f"set {name} to {off}, or streaming to false."
+                )
+        tasks = {"align": self.data.align or self.data.task, "instruct": self.data.task}
+        for name in STAGES:
+            stage = getattr(self, name)
+            if stage is None or not tasks[name].streaming:
+                continue
+            if stage.max_steps <= 0:
+                raise ValueError(f"{name}.max_steps is missing; a stream has no end, so set it.")
+            if (order := stage.train_sampling_strategy) != "random":
+                raise ValueError(
+                    f"{name}.train_sampling_strategy is {order}, but the order of a stream is that "
+                    "of shuffle_buffer (1: in order); leave it out."
                 )
 
     def trained_parts(self, stage: str) -> dict[str, bool]:
@@ -458,7 +557,8 @@ def _known(sections: dict) -> Known:
 
 
 _SECTIONS = {
-    "instruct.": StageConfig, "retention.": RetentionConfig, "data.": DataConfig,
+    "instruct.": StageConfig, "retention.": RetentionConfig, "data.mixture.": SourceConfig,
+    "data.": DataConfig,
     "speed.": SpeedConfig, "rank_search.": RankSearchConfig,
     "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
 }  # fmt: skip
@@ -492,7 +592,8 @@ def task_of_run(run) -> Task | None:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         return None
-    return from_spec(yaml.safe_load(path.read_text())["data"]["task"], Task)
+    data = yaml.safe_load(path.read_text())["data"]
+    return from_spec(data.get("task") or data["mixture"][0]["task"], Task)
 
 
 # ------------------------------------------------------------------ parts inside a checkpoint

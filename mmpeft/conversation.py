@@ -8,6 +8,8 @@ stays text.
 import functools
 import re
 import secrets
+from collections.abc import Mapping
+from reprlib import repr as shown  # a value may be megabytes long
 from typing import NamedTuple
 
 from mmpeft.images import load_frames
@@ -24,22 +26,85 @@ class Picture(NamedTuple):
 
 
 class Chat:
-    """One conversation with its images and literal special tokens swapped for sentinels."""
+    """One conversation with its images and literal special tokens swapped for sentinels.
+
+    Raises:
+        ValueError: a message is not of the form that templates read, with its number and field.
+    """
 
     def __init__(self, messages, special_tokens: list[str], num_frames: int, image_mark=None):
         self.pictures, self._replaced, self._num_frames = [], [], num_frames
+        self._aside = set()  # sentinels in fields that a template may leave out or repeat
         self._image_mark, self._num_marks = image_mark, 0
-        self._special = _any_of(tuple(special_tokens))
-        self.messages = [m | {"content": self._content(m.get("content"))} for m in messages]
+        self._special = _spelt(tuple(special_tokens))
         self._sentinel = _sentinels(image_mark)
+        if not isinstance(messages, (list, tuple)):
+            raise ValueError(f"messages is {type(messages).__name__}; give a list of turns.")
+        self.messages = [self._message(m, f"messages[{n}]") for n, m in enumerate(messages)]
+
+    def _message(self, message, field: str) -> dict:
+        if not isinstance(message, Mapping):
+            kind = type(message).__name__
+            raise ValueError(f"{field} is {kind}; give an object with role and content.")
+        role = message.get("role")
+        if not isinstance(role, str) or self._special.whole.search(role):
+            raise ValueError(f"{field}.role is {shown(role)}; use system, user, assistant or tool.")
+        try:
+            others = {
+                key: self._other(value)
+                for key, value in message.items()
+                if key not in ("role", "content")
+            }
+        except RecursionError:
+            raise ValueError(f"{field} is nested too deeply; make it flatter.") from None
+        content = self._content(message.get("content"), f"{field}.content")
+        return others | {"role": role, "content": content}
 
     def _swap(self, kind, text: str) -> str:
         self._replaced.append((text, kind))
         return f"\ue000{KEY}:{len(self._replaced) - 1}\ue001"
 
-    def _content(self, content):
+    def _other(self, value):
+        """Any other field, such as tool calls: special tokens in it stay text, too."""
+        if isinstance(value, str):
+            first = len(self._replaced)
+            value = self._text(value)
+            self._aside.update(range(first, len(self._replaced)))
+        elif isinstance(value, Mapping):
+            value = {self._other(key): self._other(one) for key, one in value.items()}
+        elif isinstance(value, (list, tuple)):
+            value = [self._other(one) for one in value]
+        return value
+
+    def _text(self, text: str) -> str:
+        """A text with its special tokens swapped, and what might be part of one at its ends.
+
+        The other part may stand in the next text or in the template.
+        """
+        end = self._special.head_length(text)
+        start = self._special.tail_length(text[: len(text) - end])
+        middle = text[start : len(text) - end]
+        swapped = self._special.whole.sub(lambda m: self._swap("literal", m.group()), middle)
+        return text and "".join(
+            (
+                self._swap("literal", text[:start]) if start else "",
+                swapped,
+                self._swap("literal", text[len(text) - end :]) if end else "",
+            )
+        )
+
+    def _content(self, content, field: str):
         if content is None or isinstance(content, str):
             content = [{"type": "text", "text": content or ""}]
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"{field} is {type(content).__name__}; give text or a list of parts.")
+        for number, part in enumerate(content):
+            if not isinstance(part, Mapping):
+                kind = type(part).__name__
+                raise ValueError(f"{field}[{number}] is {kind}; give an object with a type.")
+            if part.get("type") == "text" and not isinstance(part.get("text"), str):
+                kind = type(part.get("text")).__name__
+                raise ValueError(f"{field}[{number}].text is {kind}; write a string.")
         words = " ".join(part["text"] for part in content if part.get("type") == "text")
         pieces = [piece for part in content for piece in self._part(part, words)]
         self._num_marks += pieces.count(None)
@@ -50,7 +115,7 @@ class Chat:
     def _part(self, part: dict, words: str) -> list:
         """Text with its special tokens swapped; ``None`` for every image."""
         if part.get("type") == "text":
-            return [self._special.sub(lambda m: self._swap("literal", m.group()), part["text"])]
+            return [self._text(part["text"])]
         if part.get("type") == "image":
             if (source := _source(part, "image")) is not None:
                 self.pictures.append(Picture(source, words))
@@ -65,7 +130,7 @@ class Chat:
             self.pictures += [Picture(frame, words) for frame in frames]
             return [None] * len(frames)
         kind = part.get("type")
-        raise ValueError(f"message part of type {kind!r}; use 'text', 'image' or 'video'.")
+        raise ValueError(f"message part of type {shown(kind)}; use 'text', 'image' or 'video'.")
 
     def _found(self, match) -> tuple[str, bool | str]:
         """What a sentinel, or an image mark of the template, stands for: text and kind."""
@@ -78,9 +143,12 @@ class Chat:
                 f"the chat has {self._num_marks} image parts but {len(self.pictures)} images."
             )
         matches = list(self._sentinel.finditer(rendered))
-        found = sorted(int(match[1]) for match in matches if match[1] is not None)
+        found = [int(match[1]) for match in matches if match[1] is not None]
+        found = sorted(number for number in found if number not in self._aside)
+        expected = [n for n in range(len(self._replaced)) if n not in self._aside]
         images = sum(self._found(match)[1] is True for match in matches)
-        if found != list(range(len(self._replaced))) or images != self._num_marks:
+        whole = rendered.count(KEY) == sum(match[1] is not None for match in matches)
+        if found != expected or images != self._num_marks or not whole:
             raise ValueError(
                 "the chat template drops or repeats a part of this chat that holds an image or a "
                 "special token; check the roles and their order."
@@ -106,11 +174,40 @@ class Chat:
         return text
 
 
+class _Spelt(NamedTuple):
+    """Where a text spells one of some tokens, or might begin or end one.
+
+    Attributes:
+        whole: finds any of the tokens, the longest first.
+        heads: what they begin with, up to no blank: templates strip those.
+        tails: what they end with, from no blank on.
+        longest: characters of the longest of these.
+    """
+
+    whole: re.Pattern
+    heads: frozenset[str]
+    tails: frozenset[str]
+    longest: int
+
+    def head_length(self, text: str) -> int:
+        """How many characters at the end of a text may begin a token; the most."""
+        lengths = range(min(self.longest, len(text)), 0, -1)
+        return next((n for n in lengths if text[-n:] in self.heads), 0)
+
+    def tail_length(self, text: str) -> int:
+        """How many characters at the start of a text may end a token; the most."""
+        lengths = range(min(self.longest, len(text)), 0, -1)
+        return next((n for n in lengths if text[:n] in self.tails), 0)
+
+
 @functools.lru_cache(64)
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
-    """Finds any of the tokens, the longest first."""
+def _spelt(tokens: tuple[str, ...]) -> _Spelt:
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    cuts = [(token[:n], token[n:]) for token in tokens for n in range(1, len(token))]
+    heads = frozenset(head for head, _ in cuts if not head[-1].isspace())
+    tails = frozenset(tail for _, tail in cuts if not tail[0].isspace())
+    whole = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _Spelt(whole, heads, tails, max(map(len, tokens), default=1) - 1)
 
 
 @functools.lru_cache(64)

@@ -5,20 +5,25 @@ limit: its words are learned, the end of turn that the template puts behind them
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, get_worker_info
+from tqdm import tqdm
 
-from mmpeft.augmentation import Augmentation
+from mmpeft.augmentation import Augmentation, drawn_by
+from mmpeft.bad_rows import KEY, BadRows, TooManyBadRows, place
+from mmpeft.checks import chat_problems
+from mmpeft.formats.errors import RowError
+from mmpeft.images import load_image
 from mmpeft.model import IMAGE_INPUTS
 from mmpeft.packing import pack, pad, share_prefix
-from mmpeft.task import Task
+from mmpeft.task import Task, pictures, words
 
-ROLES = ("system", "user", "assistant", "tool")
+STREAM = "stream"  # of a sample or batch: where a stream goes on behind it
 
 
 class ConversationDataset(Dataset):
@@ -29,6 +34,12 @@ class ConversationDataset(Dataset):
     are left out; their numbers are in the attribute of that name. ``augmentation`` are transforms
     of a loaded picture, see :class:`mmpeft.augmentation.Augmentation`.
 
+    Index ``n * len(dataset) + i`` is sample ``i`` in pass ``n``: the same, augmented anew. What an
+    index gives depends on it and on ``seed`` alone, not on the process that makes it.
+
+    A row that ``bad_rows`` passes over is left out of its sample; a sample without any other is
+    replaced by the next good one.
+
     Attributes:
         store: a :class:`~mmpeft.feature_store.FeatureStore` to look pictures up in, or ``None``.
     """
@@ -38,6 +49,7 @@ class ConversationDataset(Dataset):
     def __init__(
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
         seed: int = 0, branch_limit: int | None = None, augmentation: list | None = None,
+        bad_rows: BadRows | None = None,
     ):  # fmt: skip
         if chats_per_sample > 1 and processor.qformer_tokenizer is not None:
             raise ValueError(
@@ -45,36 +57,71 @@ class ConversationDataset(Dataset):
                 "question beside the image, so questions cannot share image tokens; set it to 1."
             )
         self.task, self.processor, self.branch_limit = task, processor, branch_limit
-        self.rows = task.rows(split)
-        self.held_out = hold_out(task, self.rows, held_out, seed)
+        self.bad_rows, self.seed = bad_rows or BadRows(), seed
         several_sizes = len(getattr(processor.image_processor, "resolutions", None) or ()) > 1
         self.augment = Augmentation(augmentation, several_sizes) if augmentation else None
+        self._open(split, chats_per_sample, held_out)
+
+    def _open(self, split: str, chats_per_sample: int, held_out: int) -> None:
+        self.rows = self.task.rows(split)
+        self.held_out = hold_out(self.task, self.rows, held_out, self.seed)
         alone = chats_per_sample == 1
-        groups = np.arange(len(self.rows)) if alone else row_groups(task, self.rows)
+        groups = np.arange(len(self.rows)) if alone else row_groups(self.task, self.rows)
         self.samples = Samples(groups, chats_per_sample, self.held_out)
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict:
-        with named_in_workers() as names:
-            return self._sample(index, names)
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
 
-    def _sample(self, index: int, names: list[str]) -> dict:
-        encoded, pictures = [], None
+    def __getitem__(self, index: int) -> dict:
+        return self._made(index, index)
+
+    def _made(self, index, number: int) -> dict:
+        """The sample of an index; ``number`` is what it is augmented by."""
+        with named_in_workers() as names, drawn_by(self.seed, number, self.augment is not None):
+            sample = self.first_good(index, lambda own: self._sample(own, names))
+            return self.bad_rows.take(sample)
+
+    def first_good(self, index: int, make: Callable):
+        """``make(i)`` of the first sample from ``index`` on that has one, which is not ``None``."""
+        for further in range(len(self)):
+            if (made := make((index + further) % len(self))) is not None:
+                return made
+        raise TooManyBadRows(f"task {self.task.name} has no row that can be learned from.")
+
+    def _sample(self, index: int, names: list[str]) -> dict | None:
+        """``None`` where all of it was passed over."""
+        encoded, of_rows, told = [], [], []
         for number in self.samples[index]:
-            names.clear()
-            row = self.rows[number]  # which may be read from disk, each time
-            where = self.task.where(row, number)
-            names.append(where)
-            chat, own = self._encode(row, where)
-            encoded.append(chat)
-            if pictures is not None and [p.source for p in own] != [p.source for p in pictures]:
+            with self.bad_rows.passing(names):
+                chat, pictures = self._encode(self._row(number, names), names[-1])
+                encoded.append(chat)
+                of_rows.append(pictures)
+                told += names
+        if not encoded:
+            return None
+        names[:] = told
+        with self.bad_rows.passing(names):
+            return self._joined(encoded, of_rows, told) | {"where": told}
+
+    def _row(self, number: int, names: list[str]) -> dict:
+        """A row, which may be read from disk each time; ``names`` then holds its name alone."""
+        names.clear()
+        row = self.rows[number]
+        names.append(self.task.where(row, number))
+        return row
+
+    def _joined(self, encoded: list[dict], of_rows: list[list], told: list[str]) -> dict:
+        """One sample of chats that share their pictures; ``told`` are their names."""
+        pictures, where = of_rows[0], told[-1]
+        for name, own in zip(told, of_rows, strict=True):
+            if [p.source for p in own] != [p.source for p in pictures]:
                 raise ValueError(
-                    f"{where}: its group has rows with other images; rows of one group must share "
+                    f"{name}: its group has rows with other images; rows of one group must share "
                     "theirs (see Task.group), or set chats_per_sample: 1."
                 )
-            pictures = own
         longest = max(len(row["input_ids"]) for row in encoded)
         if len(encoded) > 1 and self.branch_limit is not None and longest > self.branch_limit:
             raise ValueError(
@@ -96,28 +143,104 @@ class ConversationDataset(Dataset):
         return self.processor.image_inputs(pictures, where, self.augment)
 
     def pictures(self, index: int) -> tuple[list, str]:
-        """The pictures of a sample, unread, and how error messages point at it."""
-        number = self.samples[index][0]
-        row = self.rows[number]
-        where, messages = self.task.where(row, number), self.task.messages(row)
+        """The pictures of a sample and how error messages point at it.
+
+        They are unread, except where bad rows are passed over: there, every one can be read.
+        """
+        return self.first_good(index, self._pictures)
+
+    def _pictures(self, index: int) -> tuple[list, str] | None:
+        names = []
+        for number in self.samples[index]:
+            with self.bad_rows.passing(names):
+                messages = self._checked(self._row(number, names), names[-1])
+                pictures = self._named(names[-1], lambda own=messages: self.processor.pictures(own))
+                if self.bad_rows.limit is not None:
+                    _load(pictures, names[-1])
+                return pictures, names[-1]
+
+    def good_rows(self, numbers: list[int]) -> list[dict]:
+        """Those rows of these numbers that are not passed over, each tried."""
+        good, names = [], []
+        for number in numbers:
+            with self.bad_rows.passing(names):
+                row = self._row(number, names)
+                _load(self._encode(row, names[-1])[1], names[-1])
+                good.append(row)
+        return good
+
+    def sizes(self, turn: int = 0) -> np.ndarray:
+        """Tokens and image tokens of every sample, estimated, int64 ``(samples, 2)``.
+
+        Words are counted in characters, and a few rows tell how many tokens a character makes and
+        a chat has besides. All rows are read, once; no picture is, but for its size where that
+        decides its tokens.
+        """
+        if self.samples.sizes is None:
+            every = tqdm(
+                range(len(self)), desc=f"lengths of {self.task.name}", delay=3, leave=False
+            )
+            counted = np.array([self.first_good(index, self._size) for index in every], np.int64)
+            tokens = counted[:, :2] @ self._tokens_of() + counted[:, 2]
+            self.samples.sizes = np.stack([tokens.round().astype(np.int64), counted[:, 2]], 1)
+        return self.samples.sizes
+
+    def _size(self, index: int) -> tuple[int, int, int] | None:
+        """Characters, chats and image tokens of a sample."""
+        characters, chats, image_tokens, names = 0, 0, 0, []
+        for number in self.samples[index]:
+            with self.bad_rows.passing(names):
+                messages = self._checked(self._row(number, names), names[-1])
+                if shown := pictures(*messages):  # rows of one sample share theirs
+                    image_tokens = self._named(
+                        names[-1], lambda own=(messages, shown): self._image_tokens(*own)
+                    )
+                characters, chats = characters + len(words(*messages)), chats + 1
+        return (characters, chats, image_tokens) if chats else None
+
+    def _image_tokens(self, messages: list[dict], shown: list[dict]) -> int:
+        """Of a chat with these image and video parts."""
+        resolutions = getattr(self.processor.image_processor, "resolutions", ())
+        alike = self.processor.num_image_tokens is not None or len(resolutions) == 1
+        if not alike or any(part["type"] == "video" for part in shown):
+            shown = self.processor.pictures(messages)
+        return sum(self.processor._counts(shown))
+
+    def _tokens_of(self, rows: int = 32) -> np.ndarray:
+        """Of a character and of a chat without any ``(2,)``, fitted to evenly spread rows."""
+        known, tokens, names = [], [], []
+        for index in range(0, len(self), max(1, len(self) // rows)):
+            with self.bad_rows.passing(names):
+                row = self._row(self.samples[index][0], names)
+                tokens.append(self._encode(row, names[-1])[0]["mm_token_type_ids"].count(0))
+                known.append([len(words(*self.task.messages(row))), 1])
+        return np.linalg.lstsq(np.array(known, float), np.array(tokens, float))[0]
+
+    def _checked(self, row, where: str) -> list[dict]:
+        messages = self.task.messages(row)
         check_chat(messages, where)
+        return messages
+
+    def _named(self, where: str, make: Callable):
         try:
-            return self.processor.pictures(messages), where
+            return make()
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{where}: {error}") from None
 
-    def _encode(self, row, where):
-        messages = self.task.messages(row)
-        check_chat(messages, where)
-        try:
-            encoded, pictures = self.processor.encode_chat(messages)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{where}: {error}") from None
+    def _encode(self, row, where: str) -> tuple[dict, list]:
+        messages = self._checked(row, where)
+        encoded, pictures = self._named(where, lambda: self.processor.encode_chat(messages))
         if messages[-1].get("unfinished"):
             leave_open(encoded["labels"], self.processor.tokenizer)
         if encoded["labels"].count(-100) == len(encoded["labels"]):
             raise ValueError(f"{where}: the chat has no assistant token to learn from.")
         return encoded, pictures
+
+
+def _load(pictures: list, where: str) -> None:
+    """Read pictures, so that one that cannot be is named."""
+    for number, picture in enumerate(pictures, 1):
+        load_image(picture.source, f"{where}: image {number}")
 
 
 def row_groups(task: Task, rows) -> np.ndarray:
@@ -164,7 +287,12 @@ class Samples(Sequence):
     Args:
         groups: group of each row, see :func:`row_groups`.
         without: numbers of rows that are left out.
+
+    Attributes:
+        sizes: what :meth:`ConversationDataset.sizes` found of them.
     """
+
+    sizes: np.ndarray | None = None
 
     def __init__(self, groups: np.ndarray, size: int, without: list[int]):
         kept = np.delete(np.arange(len(groups)), without)
@@ -205,39 +333,10 @@ def named_in_workers():
     try:
         yield names
     except (ValueError, OSError) as error:
-        if get_worker_info() is None or (names and not str(error).startswith(names[-1])):
+        ours = names and not str(error).startswith(names[-1])
+        if get_worker_info() is None or (ours and not isinstance(error, TooManyBadRows)):
             raise
         raise WorkerError(str(error)) from None
-
-
-def replayed(samples: int, share: float) -> int:
-    """How many samples of replay make up ``share`` of all, beside so many others."""
-    return max(1, round(samples * share / (1 - share)))
-
-
-class WithReplay(Dataset):
-    """A data set with replay behind it, rows in turn, so that ``share`` of all samples are replay.
-
-    The share is that of one pass over the whole, to the nearest sample; whoever draws shuffles.
-    """
-
-    def __init__(self, dataset: ConversationDataset, replay: ConversationDataset, share: float):
-        self.dataset, self.replay, self.processor = dataset, replay, dataset.processor
-        self.replayed = replayed(len(dataset), share)
-
-    def __len__(self):
-        return len(self.dataset) + self.replayed
-
-    def __getitem__(self, index: int) -> dict:
-        index = range(len(self))[index]
-        past = index - len(self.dataset)
-        return self.dataset[index] if past < 0 else self.replay[past % len(self.replay)]
-
-    def __str__(self):
-        return (
-            f"replay: {self.replayed} of {len(self)} samples, from {len(self.replay)} rows "
-            f"({min(self.replayed, len(self.replay))} of them used)"
-        )
 
 
 def leave_open(labels: list[int], tokenizer) -> None:
@@ -250,17 +349,11 @@ def leave_open(labels: list[int], tokenizer) -> None:
 
 def check_chat(messages: list[dict], where: str) -> None:
     """Refuse a chat that could not be learned from, naming row and field."""
-    if not messages:
-        raise ValueError(f"{where}: messages is empty.")
-    for n, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{where}: messages[{n}].role is {role!r}; use {', '.join(ROLES)}.")
-        if not content or (isinstance(content, str) and not content.strip()):
-            raise ValueError(f"{where}: messages[{n}].content ({role}) is empty; fill or drop it.")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message is the {messages[-1]['role']}'s; a training "
-                         "chat ends with the assistant's answer.")  # fmt: skip
+    if problems := chat_problems(messages):
+        if found := place(where):
+            file, unit, row = found
+            raise RowError(file, row, *problems[0], unit)
+        raise ValueError(f"{where}: {problems[0]}")
 
 
 class Collator:
@@ -281,14 +374,19 @@ class Collator:
 
     def __call__(self, samples: list[dict]) -> dict:
         rows = [self._tensors(sample) for sample in samples]
+        others = join_images(samples)
+        if passed_over := [row for sample in samples for row in sample.get(KEY, ())]:
+            others[KEY] = passed_over
+        if place := samples[-1].get(STREAM):
+            others[STREAM] = place
         if not self.packing:
-            return pad(rows, self.fill, self.multiple) | join_images(samples)
+            return pad(rows, self.fill, self.multiple) | others
         sees = [bool((row["mm_token_type_ids"] == 1).any()) for row in rows]
         trees = [  # a gate may treat samples with and without images apart
             [row for row, has_image in zip(rows, sees, strict=True) if has_image == kind]
             for kind in sorted(set(sees), reverse=True)
         ]
-        return pack(trees, self.fill, self.multiple) | join_images(samples)
+        return pack(trees, self.fill, self.multiple) | others
 
     def _tensors(self, sample: dict) -> dict[str, torch.Tensor]:
         return {key: torch.as_tensor(sample[key]) for key in self.fill}

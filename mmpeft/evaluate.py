@@ -51,7 +51,7 @@ def evaluate(
     prompts = [chat[:-1] for chat in chats]
     seeing = any(pictures(*prompt) for prompt in prompts)
     controls = {}
-    if seeing:  # before the replies, which take long: there may be no train split
+    if seeing and not task.streaming:  # before the replies: there may be no train split
         controls["majority"] = task.metrics(_majority_answers(task, chats), rows)
     sharing = share_prefix and try_sharing(model, processor)
 

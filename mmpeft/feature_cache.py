@@ -135,6 +135,9 @@ class FeatureCache:
             for i, features in zip(first, encoded, strict=True):
                 made[keys[i]] = features
                 self._keep(keys[i], features, tuple(sizes[i].tolist()))
+            # whole batches only: after a kill, the same ones are encoded together as before
+            if self._waiting_bytes >= SHARD_BYTES or len(self._waiting) >= SHARD_PICTURES:
+                self._submit()
         return made
 
     def _known(self, key: str) -> Tensor | None:
@@ -176,8 +179,6 @@ class FeatureCache:
         self._left -= features.nbytes
         self._waiting_bytes += features.nbytes
         self._pending[key] = self._waiting[key] = features, size
-        if self._waiting_bytes >= SHARD_BYTES or len(self._waiting) >= SHARD_PICTURES:
-            self._submit()
 
     def _submit(self) -> None:
         if self._writer is None:

@@ -5,6 +5,7 @@ import time
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmpeft.bad_rows import KEY as BAD_ROWS
 from mmpeft.config import load
 from mmpeft.data import join_images, named_in_workers
 from mmpeft.feature_cache import bytes_text
@@ -39,10 +40,13 @@ def fill(recipe, overrides: list[str] = ()) -> dict:
             f"{recipe}: data.augmentation shows each picture differently every time, so there is "
             "nothing to keep."
         )
+    if config.data.streams:
+        raise ValueError(f"{recipe}: its rows are streamed, so features of them are not kept.")
     config.speed.feature_cache = "on"
     model, processor = train.build(config)
     train.place_encoder(model, config)
-    datasets = TrainingData.load(model, processor, config).sources
+    data = TrainingData.load(model, processor, config)
+    datasets = data.sources
     cache = prepare(model, processor, config, datasets)
     start, keys, stages = time.perf_counter(), set(), [config.align, config.instruct]
     loader = DataLoader(
@@ -52,6 +56,7 @@ def fill(recipe, overrides: list[str] = ()) -> dict:
     with tqdm(total=len(loader.dataset), unit="sample", desc="encoding") as bar:
         try:
             for samples in loader:
+                data.bad_rows.add([row for s in samples for row in s.get(BAD_ROWS, ())])
                 keys.update(key for sample in samples for key in sample["seen"])
                 cache.resolve(join_images([s for s in samples if "image_keys" in s]))
                 bar.update(len(samples))
@@ -65,6 +70,7 @@ def fill(recipe, overrides: list[str] = ()) -> dict:
         "folder": str(cache.store.folder),
         "dtype": cache.description["dtype"],
         "samples": len(loader.dataset),
+        "bad_rows": len(data.bad_rows.rows),
         "pictures": len(keys),
         "encoded": cache.encoded,
         "kept": len(cache.store),
@@ -77,6 +83,7 @@ def fill(recipe, overrides: list[str] = ()) -> dict:
 def render(report: dict) -> str:
     """The report of :func:`fill` for a reader."""
     rest = "" if report["complete"] else "; not all, see above"
+    rest += f"; {report['bad_rows']} bad rows passed over" if report["bad_rows"] else ""
     return (
         f"{report['folder']}: {report['encoded']} of {report['pictures']} pictures encoded in "
         f"{report['seconds']:.1f} s; {report['kept']} kept ({bytes_text(report['bytes'])}, "
@@ -96,7 +103,8 @@ class _NewPictures(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         with named_in_workers() as names:
-            return self._inputs(*self.places[number], names)
+            dataset, index = self.places[number]
+            return dataset.bad_rows.take(self._inputs(dataset, index, names))
 
     def _inputs(self, dataset, index: int, names: list[str]) -> dict:
         pictures, where = dataset.pictures(index)

@@ -17,15 +17,18 @@ LOOKED_AT = 64  # samples that the size is estimated from
 TIMED = 8  # pictures that are timed
 
 
-def prepare(model, processor, config: RunConfig, datasets: list) -> FeatureCache | None:
+def prepare(
+    model, processor, config: RunConfig, datasets: list, kept: bool | None = None
+) -> FeatureCache | None:
     """The cache that a recipe asks for, tried and given to the data sets; prints one line on it.
 
     Args:
         datasets: every :class:`~mmpeft.data.ConversationDataset` that is trained on, once.
+        kept: what ``auto`` found when the run began, which holds for all of it; ``None`` finds out.
 
     Returns:
         ``None`` where features are as the encoder gives them: ``feature_cache: off``,
-        augmentation, or no pictures.
+        augmentation, a stream, or no pictures.
 
     Raises:
         ValueError: ``feature_cache: on``, but the folder cannot be used.
@@ -35,6 +38,9 @@ def prepare(model, processor, config: RunConfig, datasets: list) -> FeatureCache
         return None
     if config.data.augmentation:
         say("off: data.augmentation shows each picture differently every time.")
+        return None
+    if config.data.streams:
+        say("off: the rows are streamed, so what it would take is not known.")
         return None
     stages = [getattr(config, name) for name in STAGES if getattr(config, name) is not None]
     cache = FeatureCache(
@@ -47,7 +53,8 @@ def prepare(model, processor, config: RunConfig, datasets: list) -> FeatureCache
         return None
     try:
         cache.open()
-        times = measure(cache, processor, pictures) if wanted == "auto" else None
+        asked = wanted == "auto" and kept is None
+        times = measure(cache, processor, pictures) if asked else None
     except OSError as error:
         if wanted == "on":
             raise ValueError(
@@ -55,6 +62,10 @@ def prepare(model, processor, config: RunConfig, datasets: list) -> FeatureCache
                 "folder, or set speed.feature_cache: off."
             ) from None
         say(f"off: {cache.root} cannot be used ({error}).")
+        cache.store = None
+        return cache
+    if wanted == "auto" and kept is False:
+        say("off, as when the run began.")
         cache.store = None
         return cache
     if times is not None and times[1] >= times[0]:

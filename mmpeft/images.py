@@ -1,19 +1,32 @@
-"""Read an image or a clip the careful way: whole, upright, RGB, or one clear error."""
+"""Read an image or a clip the careful way: whole, upright, RGB, or one clear error.
+
+A header is judged before any pixel is read. Nothing is guessed: a picture of several frames is
+refused as a still image, since only one of them would be seen, and so are 32-bit pixels, which do
+not say what is white. Formats that run other programs (EPS) or are known by no signature are not
+read.
+"""
 
 import base64
-import binascii
 import hashlib
 import io
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million; beyond it Pillow suspects a bomb
+FORMATS = (
+    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP",
+)  # fmt: skip
+MAX_PIXELS = 2**30 // 12  # 89 million, where Pillow begins to suspect a bomb
+MAX_SIDE = 16_384
+MAX_BYTES = 2**29  # of a file
+MAX_CLIP_PIXELS = 100 * MAX_PIXELS  # of all frames
 
 
 def load_image(source, what: str = "image") -> Image.Image:
-    """Load one image as upright RGB; transparency is laid over white.
+    """Load one image as upright RGB; transparency is laid over white, 16 bits become 8.
 
     Args:
         source: a path, ``bytes`` of an image file, a ``data:image/...;base64,`` URL or a PIL image.
@@ -21,16 +34,19 @@ def load_image(source, what: str = "image") -> Image.Image:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: not an image, truncated, empty, or more than ``MAX_PIXELS`` pixels.
+        ValueError: not an image in one of ``FORMATS``, truncated, empty, of several frames or of
+            32-bit pixels, or larger than ``MAX_PIXELS``, ``MAX_SIDE`` or ``MAX_BYTES``.
     """
-    return _to_rgb(*_open(source, what))
+    return _to_rgb(*_open_still(source, what))
 
 
 def image_size(source, what: str = "image") -> tuple[int, int]:
     """Height and width of the upright image, from its header alone; sources as ``load_image``."""
-    image, what = _open(source, what)
+    image, what = _open_still(source, what)
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    with _decoding(what):
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    turned &= image.format != "TIFF"  # there, Pillow has turned the size already
     return (width, height) if turned else (height, width)
 
 
@@ -40,7 +56,7 @@ def content_hash(source, what: str = "image") -> str:
     A file, its bytes and its data URL have one hash, taken without decoding. A PIL image has that
     of its upright pixels.
     """
-    source, what = _read(source, what)
+    source, what = _open(source, what) if isinstance(source, Image.Image) else _read(source, what)
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Image.Image):
         image = _to_rgb(source, what)
@@ -67,11 +83,19 @@ def load_frames(source, num_frames: int, what: str = "clip") -> list[Image.Image
         image, what = _open(source, what)
     except ValueError as error:
         raise ValueError(f"{error} A film is given as a list of its frames.") from None
-    numbers = _spread(list(range(getattr(image, "n_frames", 1))), num_frames, what)
+    with _decoding(what):
+        count = getattr(image, "n_frames", 1)
+    if count * image.width * image.height > MAX_CLIP_PIXELS:
+        raise ValueError(
+            f"{what} has {count:,} frames of {image.width} x {image.height} pixels, more than "
+            f"{MAX_CLIP_PIXELS:,} in all; cut or resize it before use."
+        )
+    numbers = _spread(list(range(count)), num_frames, what)
     frames = []
-    for number, frame in enumerate(ImageSequence.Iterator(image)):
-        if number in numbers:
-            frames.append(_to_rgb(frame.copy(), f"{what}, frame {number + 1}"))
+    with _decoding(what):
+        for number, frame in enumerate(ImageSequence.Iterator(image)):
+            if number in numbers:
+                frames.append(_to_rgb(frame.copy(), f"{what}, frame {number + 1}"))
     return frames
 
 
@@ -91,14 +115,17 @@ def _read(source, what: str) -> tuple[Image.Image | bytes, str]:
     if isinstance(source, (str, Path)):
         source = str(source)
         if source.startswith(("http://", "https://")):
-            raise ValueError(f"{what}: {source} is a web address; download it and pass the file.")
+            raise ValueError(
+                f"{what}: {_shown(source)} is a web address; download it and pass the file."
+            )
         if source.startswith("data:"):
             source = _decode_data_url(source, what)
         else:
-            shown = source if len(source) < 300 else f"{source[:60]}..."  # bytes in base64, perhaps
-            what = f"{what}: {shown}"
+            what = f"{what}: {_shown(source)}"
             if not os.path.isfile(source):  # also of what is too long for a path
                 raise FileNotFoundError(f"{what} does not exist or is not a file.")
+            if (size := os.path.getsize(source)) > MAX_BYTES:
+                raise ValueError(f"{what} is a file of {size:,} bytes; the most is {MAX_BYTES:,}.")
             source = Path(source).read_bytes()
     if not isinstance(source, bytes):
         kind = type(source).__name__
@@ -106,45 +133,103 @@ def _read(source, what: str) -> tuple[Image.Image | bytes, str]:
     return source, what
 
 
+def _shown(source: str) -> str:
+    """A path or address as error messages show it: short and in one line."""
+    shown = source if source.isprintable() else repr(source)
+    return shown if len(shown) < 300 else f"{shown[:60]}..."  # bytes in base64, perhaps
+
+
 def _open(source, what: str) -> tuple[Image.Image, str]:
-    """The image, its pixels unread, and how error messages call it."""
-    source, what = _read(source, what)
-    if isinstance(source, Image.Image):
-        return source, what
+    """The image, its pixels unread and not too many, and how error messages call it."""
+    image, what = _read(source, what)
+    if isinstance(image, bytes):
+        try:
+            with _decoding(what, (UnidentifiedImageError, Image.DecompressionBombError)):
+                image = Image.open(io.BytesIO(image), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(
+                f"{what} is not an image in a format that is read here ({', '.join(FORMATS)})."
+            ) from None
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{what} has too many pixels ({error}); resize it first.") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"{what} has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,} or "
+            f"{MAX_SIDE:,} a side; resize it before use."
+        )
+    if width == 0 or height == 0:
+        raise ValueError(f"{what} has no pixels ({width} x {height}).")
+    return image, what
+
+
+def _open_still(source, what: str) -> tuple[Image.Image, str]:
+    """As :func:`_open`, of an image that is one picture."""
+    image, what = _open(source, what)
+    with _decoding(what):
+        # what else a photograph brings along (MPO) is no frame: a preview, a map of its depth
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(
+            f"{what} has {frames} frames, of which one alone would be seen; give it as a part of "
+            "type 'video', or save the frame that is meant as an image of its own."
+        )
+    return image, what
+
+
+@contextmanager
+def _decoding(what: str, but: tuple = ()):
+    """Inside, whatever Pillow raises at damaged bytes is one line; its plugins raise any kind."""
     try:
-        return Image.open(io.BytesIO(source)), what
-    except UnidentifiedImageError:
-        raise ValueError(f"{what} is not an image in a format that Pillow reads.") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{what} has too many pixels ({error}); resize it before use.") from None
+        yield
+    except but:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(what):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} is truncated or damaged ({reason}); replace the file.") from None
 
 
 def _decode_data_url(url: str, what: str) -> bytes:
     header, _, payload = url.partition(",")
     try:
         if not header.endswith(";base64"):
-            raise binascii.Error("it is not base64")
+            raise ValueError("it is not base64")
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ValueError(f"{what}: the data URL cannot be decoded ({error}).") from None
 
 
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
-            f"{what} has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}; "
-            "resize it before use."
+            f"{what}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which fills what is missing of an "
+            "image with grey; set it to False."
         )
-    if width == 0 or height == 0:
-        raise ValueError(f"{what} has no pixels ({width} x {height}).")
-    try:
+    with _decoding(what):
+        image.load()  # all of it, while it still says what format it was
+        sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") and not sixteen_bits:
+        raise ValueError(
+            f"{what} has 32-bit pixels (mode {image.mode}), which do not say what is white; save "
+            "it with 8 or 16 bits."
+        )
+    with _decoding(what):
+        if sixteen_bits:
+            image = _from_16_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits to white
-            image = image.point(lambda value: value / 256).convert("L")
-        return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{what} is truncated or damaged ({error}); replace the file.") from None
+        image = image.convert("RGB")
+    image.info.clear()  # what it says (EXIF, a colour profile) is of the file
+    return image
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey in 8 bits, white where it is transparent; ``convert`` would clip 16 bits to white."""
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey)

@@ -22,6 +22,7 @@ from mmpeft.model import BridgeConfig
 from mmpeft.tokenise import Part, tokenise
 
 QFORMER_FOLDER = "qformer_tokenizer"
+CHARACTERS_A_TOKEN = 16  # a text of more is first judged by its start; words of English take 4 or 5
 
 
 class BridgeProcessor(ProcessorMixin):
@@ -155,6 +156,7 @@ class BridgeProcessor(ProcessorMixin):
         per_text = _images_per_text(images, texts)
         rows, pictures = [], []
         for number, (one, own) in enumerate(zip(texts, per_text, strict=True)):
+            self._refuse_endless([one])
             marks = one.count(IMAGE_TOKEN)
             if marks != len(own):
                 raise ValueError(
@@ -255,6 +257,8 @@ class BridgeProcessor(ProcessorMixin):
                 f"({', '.join(names())}) or to a jinja file."
             )
 
+        from jinja2 import TemplateError
+
         def render(template, mark):
             (rendered,), spans = render_jinja_template(
                 conversations=[chat.messages],
@@ -264,14 +268,41 @@ class BridgeProcessor(ProcessorMixin):
             )
             return rendered, spans[0] if mark else None
 
-        if not mark_assistant or marks_assistant(template):
-            return render(template, mark_assistant)
-        rendered, _ = render(template, False)
+        try:
+            if not mark_assistant or marks_assistant(template):
+                return render(template, mark_assistant)
+            rendered, _ = render(template, False)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the chat template cannot write this chat ({' '.join(str(error).split())}); check "
+                "the roles, their order and every content."
+            ) from None
         return rendered, marked_twin(template, rendered, lambda twin: render(twin, True))
 
     def _chat(self, messages) -> Chat:
+        self._refuse_endless(_texts(messages))
         swapped = [*self._special_tokens(), *filter(None, [self.image_mark])]
         return Chat(messages, swapped, self.num_frames, self.image_mark)
+
+    def _refuse_endless(self, texts: list[str]) -> None:
+        """Refuse texts of megabytes by their start, since all of it would take minutes.
+
+        The tokens of a start are those of the whole but for its last word; twice as many as fit
+        leave no doubt.
+        """
+        if self.max_length is None:
+            return
+        length, limit = sum(map(len, texts)), CHARACTERS_A_TOKEN * self.max_length
+        if length <= limit:
+            return
+        start = " ".join(texts)[:limit]
+        part = Part(start, "literal", np.zeros(len(start), bool))
+        count = len(tokenise(self.tokenizer, [part])[0])
+        if count > 2 * self.max_length:
+            raise ValueError(
+                f"{length:,} characters, of which the first {limit:,} are {count:,} tokens, do not "
+                f"fit the context of {self.max_length}; shorten the text. Nothing is ever cut."
+            )
 
     def _opens(self, text: str) -> bool:
         """Whether a text has its BOS token already."""
@@ -319,7 +350,7 @@ class BridgeProcessor(ProcessorMixin):
         if self.qformer_tokenizer is not None:
             texts = self.qformer_tokenizer(
                 [picture.instruction for picture in pictures], padding=True, return_tensors="pt",
-                verbose=False,
+                verbose=False, split_special_tokens=True,
             )  # fmt: skip
             width, limit = texts["input_ids"].shape[1], self.qformer_tokenizer.model_max_length
             if width > limit:
@@ -417,6 +448,16 @@ def pad_rows(rows: list[list[int]], value: int, side: str) -> list[list[int]]:
     fill = [[value] * (width - len(row)) for row in rows]
     pairs = zip(rows, fill, strict=True)
     return [pad + row if side == "left" else row + pad for row, pad in pairs]
+
+
+def _texts(messages) -> list[str]:
+    """The texts of a chat, of any form."""
+    texts = []
+    for message in messages if isinstance(messages, (list, tuple)) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, (list, tuple)) else [content]:
+            texts.append(part.get("text") if isinstance(part, dict) else part)
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _images_per_text(images, texts) -> list[list]:

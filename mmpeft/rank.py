@@ -23,8 +23,11 @@ import numpy as np
 from transformers import SchedulerType, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from mmpeft import durable
 from mmpeft.config import RunConfig, of_rank
-from mmpeft.data import ConversationDataset, Samples, hold_out, replayed, row_groups
+from mmpeft.data import ConversationDataset, Samples, hold_out, row_groups
+from mmpeft.mixture import replayed
+from mmpeft.nonfinite import NonFinite
 from mmpeft.retention.sides import evaluation
 from mmpeft.train import total_steps, train_stage
 
@@ -48,9 +51,7 @@ def settle_rank(model, dataset: ConversationDataset, collator, config: RunConfig
     kept = Path(config.output_dir) / FILE
     if not kept.is_file():
         report = search(model, dataset, collator, config, cache)
-        partial = kept.with_name(FILE + ".partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.rename(kept)
+        durable.write(kept, json.dumps(report, indent=2) + "\n")
         print(render(report), file=sys.stderr)
     rank = json.loads(kept.read_text())["rank"]
     set_seed(config.seed)
@@ -73,15 +74,19 @@ def search(model, dataset, collator, config: RunConfig, cache) -> dict:
         losses, seconds = {}, {}
         for rank in left:
             began = time.perf_counter()
+            print(f"\nsearch for a rank: {rank}, to step {until}", file=sys.stderr)
             own = candidate(config, rank, until, steps)
             set_seed(config.seed)
             model.connector.load_state_dict(start)
             model.replace_adapter(own.model.adapter)
             watch = ValidationLoss(held_out)
-            train_stage(
-                model, learned, collator, own, "instruct", work / f"r{rank}/stages/instruct",
-                resume=number > 0, cache=cache, callbacks=[watch],
-            )  # fmt: skip
+            try:
+                train_stage(
+                    model, learned, collator, own, "instruct", work / f"r{rank}/stages/instruct",
+                    resume=number > 0, cache=cache, callbacks=[watch],
+                )  # fmt: skip
+            except NonFinite:
+                watch.losses = np.full(len(held_out), np.nan)
             losses[rank], seconds[rank] = watch.losses, time.perf_counter() - began
         rungs.append(rung(until, losses, seconds, groups))
         near = [row["rank"] for row in rungs[-1]["tried"] if row["within_noise"]]

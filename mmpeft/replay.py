@@ -9,7 +9,6 @@ and marked ``"unfinished": true``: its end, which the LLM did not write, is then
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
+from mmpeft import durable
 from mmpeft.language_model import load_language_model, load_tokenizer
 
 SENTINEL = "xMMPEFTx"  # user content that shows where a chat template puts it
@@ -91,9 +91,7 @@ def write_replay(
                     f"{describe(dropped)}; a larger --max_new_tokens may help."
                 )
     rows = [{"messages": [_user(question), answer]} for question, answer in chats.items()]
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(partial, output)
+    durable.write(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     unfinished = sum("unfinished" in answer for answer in chats.values())
     return {"kept": len(chats), "unfinished": unfinished, "dropped": dict(dropped)}
 

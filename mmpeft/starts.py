@@ -15,6 +15,7 @@ B and A and the layer adds B A - B0 A0: the same function, but without the adapt
 import copy
 import sys
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmpeft.data import Collator
+from mmpeft.streaming import some
 
 FROM_WEIGHTS = ("pissa", "olora")
 FROM_DATA = ("eva", "corda")
@@ -191,8 +193,9 @@ def _take(name: str, layer: LoraLayer, how: str, named: str) -> None:
 def start_from_data(model, config, data, cache=None) -> None:
     """Give a new adapter the start that its config takes out of training samples, if it does.
 
-    For CorDA ``kpm`` these are replay, else samples of stage instruct, evenly spread. Runs before
-    that stage: by then the connector is aligned, and image tokens are what they will be.
+    For CorDA ``kpm`` these are replay, else samples of stage instruct, evenly spread (of a stream
+    the first). Runs before that stage: by then the connector is aligned, and image tokens are what
+    they will be.
 
     Args:
         model: the bridge, whose adapter is untrained.
@@ -205,16 +208,15 @@ def start_from_data(model, config, data, cache=None) -> None:
     if how not in FROM_DATA:
         return
     dataset = data.replay if _preserves(adapter) else data.instruct
-    count = min(config.data.start_samples, len(dataset))
-    step = len(dataset) // count
-    samples = [dataset[index] for index in tqdm(range(0, count * step, step), desc=f"{how} reads")]
+    drawn = islice(some(dataset, config.data.start_samples), config.data.start_samples)
+    samples = [dataset[index] for index in tqdm(drawn, desc=f"{how} reads")]
     model.to(config.instruct.device).eval()
     ask = _Ask(model, cache)
     if how == "eva":
         eva(model.language_model, samples, ask)
     else:
         corda(model.language_model, samples, ask)
-    print(f"adapter: starts by {how} from {count} samples.", file=sys.stderr)
+    print(f"adapter: starts by {how} from {len(samples)} samples.", file=sys.stderr)
 
 
 class _Ask:

@@ -32,9 +32,14 @@ class Task:
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"  # what :meth:`score` is of a reply
     max_new_tokens: ClassVar[int] = 32
+    streaming: ClassVar[bool] = False  # what is trained on comes by :meth:`stream`, not ``rows``
 
     def rows(self, split: str) -> Sequence[dict]:
         """All rows of ``"train"`` or ``"test"``, in a fixed order."""
+        raise NotImplementedError
+
+    def stream(self, split: str, seed: int):
+        """A :class:`mmpeft.formats.stream.Stream` of the rows, where ``streaming`` is on."""
         raise NotImplementedError
 
     def messages(self, row: dict) -> list[dict]:

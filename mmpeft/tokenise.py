@@ -60,7 +60,8 @@ def tokenise(
     character that follows.
 
     Raises:
-        ValueError: the tokenizer makes a special token out of literal text.
+        ValueError: the tokenizer makes a special token out of literal text, or of a text that only
+            looks like one; or the text holds half a character.
     """
     text, blanked, learned, literal = "", "", [np.zeros(1, bool)], []
     for part in parts:
@@ -70,11 +71,21 @@ def tokenise(
         text += written
         blanked += BLANK * len(written) if part.kind == "literal" else written
         learned.append(np.zeros(len(written), bool) if part.kind is True else part.learned)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "the text holds half a character (the lone surrogate "
+            f"\\u{ord(text[error.start]):04x}); write the whole character."
+        ) from None
     marked = _copy_with_mark(tokenizer)
     tokens = marked.encode(blanked, add_special_tokens)
     if literal:
         tokens = _restore(marked, tokens, text, blanked, literal)
     ids, starts, ends = tokens
+    for where in np.flatnonzero(np.isin(ids, marked.special) & (ends > starts)):
+        if text[starts[where] : ends[where]].strip() != marked.added[ids[where]].content.strip():
+            _refuse_special(text[starts[where] : ends[where]])
     if not (ends > starts).all():
         special = np.isin(ids, tokenizer.all_special_ids)
         ends = np.where(ends > starts, ends, starts + ~special)
@@ -93,6 +104,11 @@ class _Marked:
         tokenizer.add_tokens(AddedToken(IMAGE_MARK, normalized=False))
         self.added = tokenizer.added_tokens_decoder
         self.mark = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        # those that are written, not what stands for anything unknown
+        self.special = [
+            id for id, token in self.added.items()
+            if token.special and id != tokenizer.unk_token_id
+        ]  # fmt: skip
         self._spelt = bool(tokenizer.split_special_tokens)
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
@@ -169,11 +185,15 @@ def _as_text(marked: _Marked, text: str, first: int, last: int) -> list[tuple[in
     ]
     for token in run:
         if _is_spelt(marked.added, text, token) and marked.added[token[0]].special:
-            raise ValueError(
-                f"a message spells {text[token[1] : token[2]]!r}, and this tokenizer makes the "
-                "special token of it even as plain text; spell it otherwise."
-            )
+            _refuse_special(text[token[1] : token[2]])
     return run
+
+
+def _refuse_special(spelt: str):
+    raise ValueError(
+        f"a message spells {spelt!r}, and this tokenizer makes the special token of it even as "
+        "plain text; spell it otherwise."
+    )
 
 
 def _triples(tokens: Tokens) -> list[tuple[int, int, int]]:

@@ -1,41 +1,56 @@
 """Training: build the parts, hand them to transformers.Trainer, stage by stage."""
 
+import io
 import json
 import math
 import os
 import platform
-import shutil
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from mmpeft import adapters, checkpoint, starts, text_kl
+from mmpeft import adapters, checkpoint, durable, starts, text_kl
 from mmpeft.adapter_steps import AdapterSteps, steps_of
+from mmpeft.bad_rows import KEY as BAD_ROWS
 from mmpeft.calibration import calibrate
 from mmpeft.config import STAGES, RunConfig, load
-from mmpeft.data import Collator, ConversationDataset
+from mmpeft.data import STREAM, Collator, ConversationDataset
 from mmpeft.feature_cache import FlushFeatures
 from mmpeft.feature_setup import prepare
 from mmpeft.model import BridgeForConditionalGeneration
+from mmpeft.nonfinite import KeepRows, NonFinite, report
 from mmpeft.processing import BridgeProcessor
+from mmpeft.sampling import PassSampler
 from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
+from mmpeft.stopping import how_to_go_on, leave_signals_to_trainer, resumable
+from mmpeft.streaming import StreamDataset, StreamSampler
 from mmpeft.training_data import TrainingData
 
 STEPS = "adapter_steps.safetensors"  # what a PEFT method remembers from step to step
-COMPLETE = "complete"  # written last into a Trainer checkpoint; one without it is torn
+CARRIED = "carried.json"  # what is logged later of the steps so far
+ENVIRONMENT = "environment.json"
+# what may change when a run goes on: no loss depends on it
+FREE = (
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "save_steps", "save_strategy", "save_total_limit",
+    "feature_cache_dir", "feature_cache_gb", "on_bad_row", "max_bad_rows", "check_rows",
+)  # fmt: skip
 
 
 def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=()) -> Path:
-    """Run a recipe from start to end, or on from its last complete checkpoint.
+    """Run a recipe from start to end, or on from its last whole checkpoint.
 
     Args:
         recipe: YAML file, see ``configs/``.
         overrides: command-line style, for example ``["--instruct.max_steps", "50"]``.
-        resume: continue an interrupted run; the configuration must be the one it began with.
+        resume: continue an interrupted run; the configuration must be the one it began with, but
+            for what no loss depends on (``FREE``).
         callbacks: further ``TrainerCallback``s, for every stage.
 
     Returns:
@@ -43,7 +58,9 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
 
     Raises:
         FileExistsError: the run folder exists and ``resume`` is off.
-        ValueError: a bad configuration or a bad row, named.
+        ValueError: a bad configuration or a bad row, named; a loss that is no number.
+        NotWritten: the disk is full; what was whole is whole.
+        Stopped: SIGTERM or SIGINT came, and a checkpoint was written.
     """
     config, resolved = load(recipe, overrides)
     run = Path(config.output_dir)
@@ -55,38 +72,44 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
     collator = Collator(processor.tokenizer.pad_token_id, packing, config.speed.pad_to_multiple_of)
     data = TrainingData.load(model, processor, config)
     place_encoder(model, config)
-    cache = prepare(model, processor, config, data.sources)
+    kept = keeps_features(run) if resume else None
+    cache = prepare(model, processor, config, data.sources, kept)
     if config.model.start_from is None:  # else it brings its statistics
         calibrate(model, data.align, cache=cache)
     watch = watch_retention(model, data.vision, config)
     also = [*callbacks, *([watch] if watch else [])]  # in stage instruct
     if not resume:  # only now: a mistake found so far leaves no folder behind
-        start_run_folder(run, resolved)
+        start_run_folder(run, resolved, cache)
+    data.bad_rows.keep_in(run)
     stages = [name for name in STAGES if getattr(config, name) is not None]
     for stage in stages:
         last = stage == stages[-1]
         final = run / "checkpoint" if last else run / "stages" / stage / "final"
+        if finished(final):
+            if not last:
+                checkpoint.load_trained(model, final)
+            continue
+        set_seed(config.seed)  # a stage begins alike, whatever was done before it
         if stage == "instruct" and config.model.rank == "auto":
             from mmpeft.rank import settle_rank
 
             settle_rank(model, data.vision, collator, config, cache)
-        if final.exists():
-            if not last:
-                checkpoint.load_trained(model, final)
-            continue
         folder = run / "stages" / stage
         if stage == "instruct":
-            begun = last_complete_checkpoint(folder) if resume else None
+            begun = durable.last_good(folder) if resume else None
             start_adapter(model, config, data, cache, begun)
         # stage align trains the connector alone, which text never meets
         rows, watching = (data.align, callbacks) if stage == "align" else (data.instruct, also)
         train_stage(model, rows, collator, config, stage, folder, resume, cache, watching)
-        save_final(model, processor, final)
+        data.bad_rows.say()
+        with durable.whole_folder(final) as new:
+            model.save_pretrained(new)
+            processor.save_pretrained(new)
     print(f"trained: {run}", file=sys.stderr)
     return run
 
 
-def start_adapter(model, config: RunConfig, data: TrainingData, cache, begun: str | None) -> None:
+def start_adapter(model, config: RunConfig, data: TrainingData, cache, begun: Path | None) -> None:
     """Start the adapter from data if it asks for that, or as in the checkpoint that goes on."""
     if begun is None:
         starts.start_from_data(model, config, data, cache)
@@ -107,15 +130,38 @@ def check_run_folder(run: Path, resolved: str, resume: bool) -> None:
         raise FileNotFoundError(f"nothing to resume: {recorded} does not exist.")
     elif (was := recorded.read_text()) != resolved:
         changed = set(was.splitlines()) ^ set(resolved.splitlines())
-        keys = sorted({line.strip().split(":")[0] for line in changed})
-        raise ValueError(f"{run} was begun with another configuration: {', '.join(keys)} differ.")
+        keys = sorted({line.strip().split(":")[0] for line in changed} - set(FREE))
+        if keys:
+            raise ValueError(
+                f"{run} was begun with another configuration: {', '.join(keys)} differ."
+            )
 
 
-def start_run_folder(run: Path, resolved: str) -> None:
+def start_run_folder(run: Path, resolved: str, cache) -> None:
     """Create the run folder with the resolved configuration and the environment."""
-    run.mkdir(parents=True)
-    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    (run / "config.yaml").write_text(resolved)
+    found = environment() | {"features_kept": cache is not None and cache.store is not None}
+    with durable.whole_folder(run, checksums=False) as new:
+        (new / ENVIRONMENT).write_text(json.dumps(found, indent=2) + "\n")
+        (new / "config.yaml").write_text(resolved)
+
+
+def keeps_features(run: Path) -> bool | None:
+    """Whether the run kept features when it began, ``None`` if unknown.
+
+    It was decided by the clock then, and features that are made anew may be rounded otherwise.
+    """
+    path = run / ENVIRONMENT
+    return json.loads(path.read_text()).get("features_kept") if path.is_file() else None
+
+
+def finished(final: Path) -> bool:
+    """Whether a stage has its last checkpoint; a torn one is said to be made again."""
+    if not final.exists():
+        return False
+    if not (final / durable.CHECKSUMS).is_file() or (why := durable.problem(final)) is None:
+        return True
+    print(f"{final} is torn: {why}; its stage goes on from its own checkpoints.", file=sys.stderr)
+    return False
 
 
 def build(config: RunConfig):
@@ -173,12 +219,14 @@ def train_stage(
     adapters.set_trainable(model, **config.trained_parts(stage))
     plan = adapters.render_freeze_plan(adapters.freeze_plan(model))
     print(f"\nstage {stage}\n{plan}", file=sys.stderr)
+    begun = durable.last_good(folder) if resume else None
+    metrics = MetricsFile(folder.parent.parent, stage)
     trainer = BridgeTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[MetricsFile(folder.parent.parent, stage), *callbacks],
+        data_collator=KeepRows(collator),
+        callbacks=[metrics, *callbacks],
     )
     for callback in callbacks:
         callback.trainer = trainer  # to log through
@@ -191,14 +239,31 @@ def train_stage(
         trainer.add_callback(AdapterSteps(steps))
     if arguments.kl_weight:
         trainer.text_kl = model.text_kl = text_kl.TextKL(arguments.kl_weight)
+    if begun is not None:
+        trainer.add_callback(CarryOn(trainer, begun))
     trainer.compiled = compile_layers(
         model, config.speed.compile, trainer.total_steps(), arguments.device
     )
     try:
-        with compiled(model, False):  # only steps, not what callbacks measure between them
-            trainer.train(
-                resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None
-            )
+        with (
+            resumable(stage, folder) as finish,
+            compiled(model, False),  # only steps, not what callbacks measure between them
+        ):
+            trainer.add_callback(finish)
+            if begun is not None and durable.step_of(begun) >= trainer.total_steps():
+                checkpoint.load_trained(model, begun)  # nothing is left to be done
+                metrics.write(TrainerState.load_from_json(str(begun / TRAINER_STATE_NAME)))
+            else:
+                trainer.train(resume_from_checkpoint=begun and str(begun))
+    except NonFinite as found:
+        step = trainer.state.global_step + 1
+        path = folder.parent.parent / f"nonfinite_step_{step}.json"
+        report(found, model, dataset.processor.tokenizer, stage, step, path)
+        found.args = (
+            f"stage {stage}, step {step}: {found}; its rows are in {path}. If they are at fault, "
+            f"mend them; {how_to_go_on(stage, folder)} Else begin anew with a lower learning rate.",
+        )
+        raise
     finally:
         model.text_kl = None
         if cache is not None:
@@ -213,7 +278,7 @@ def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
 
     return RetentionCallback(
         config.retention, Path(config.output_dir), model, dataset.processor, dataset.task,
-        [dataset.rows[number] for number in dataset.held_out], config.seed,
+        dataset.good_rows(dataset.held_out), config.seed,
     )  # fmt: skip
 
 
@@ -232,18 +297,52 @@ class BridgeTrainer(Trainer):
     feature_cache = None  # looks up, or makes, what the frozen encoder would
     adapter_steps = None  # what a PEFT method does besides being trained
     text_kl = None  # the KL to the base on text
+    step_rows = ()  # what the batches of the step are made of
+    stream = None  # draws the samples of rows that are streamed
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole stage."""
-        return total_steps(self.args, len(self.train_dataset))
+        streamed = isinstance(self.train_dataset, StreamDataset)  # which has max_steps
+        return total_steps(self.args, 0 if streamed else len(self.train_dataset))
+
+    def _get_train_sampler(self, train_dataset=None):
+        own, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StreamDataset):
+            batch = own.train_batch_size * own.gradient_accumulation_steps
+            self.stream = StreamSampler(dataset, own.max_steps * batch)
+            return self.stream
+        return PassSampler(
+            dataset,
+            own.seed if own.data_seed is None else own.data_seed,
+            own.train_sampling_strategy, own.train_batch_size,
+        )  # fmt: skip
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        own = loader.base_dataloader  # accelerate wraps it
+        own.worker_init_fn = partial(leave_signals_to_trainer, own.worker_init_fn)
+        # else each new iterator draws from what dropout draws from; persistent workers need fewer
+        own.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _prepare_inputs(self, inputs):
+        inputs = {key: value for key, value in inputs.items() if key != "rows"}
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.feature_cache is None else self.feature_cache.resolve(inputs)
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         with compiled(self.model, self.compiled):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.step_rows += inputs["rows"]
+        if not torch.isfinite(loss):
+            raise NonFinite("loss", loss.item(), inputs["rows"])
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler skips the step
+            raise NonFinite("gradient", float(norm), self.step_rows)
+        return norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -251,10 +350,17 @@ class BridgeTrainer(Trainer):
             penalty = self.adapter_steps.penalty(self.model, inputs)
             if penalty is not None:  # once a step, however many micro-batches it has
                 loss = loss + penalty / self.current_gradient_accumulation_steps
+        if not loss.requires_grad and model.training:  # text alone teaches a connector nothing
+            loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_rows = []
+        for batch in samples:
+            self.train_dataset.bad_rows.add(batch.pop(BAD_ROWS, []))
+            if self.stream is not None:
+                self.stream.place = batch.pop(STREAM)
         if self.text_kl is not None:  # counted as transformers counts ``items``
             self.text_kl.positions = self.text_kl.count(samples)
         return samples, items
@@ -284,17 +390,62 @@ class BridgeTrainer(Trainer):
         return self.optimizer
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if state := self.adapter_steps and self.adapter_steps.state():
-            save_file(state, folder / STEPS)
-        os.sync()
-        (folder / COMPLETE).touch()
+        """Whole or not at all; only then are older ones removed."""
+        if self.feature_cache is not None:  # later pictures must meet the same ones as now
+            self.feature_cache.flush()
+        folder = Path(self.args.output_dir)
+        with durable.whole_folder(folder / f"checkpoint-{self.state.global_step}") as new:
+            self._writing_to = new.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing_to = None
+            if state := self.adapter_steps and self.adapter_steps.state():
+                save_file(state, new / STEPS)
+            (new / CARRIED).write_text(json.dumps(self.carried()))
+        durable.prune(folder, self.args.save_total_limit)
+
+    _writing_to = None
+
+    def _get_output_dir(self, trial):
+        return str(self._writing_to or super()._get_output_dir(trial))
+
+    def _save(self, output_dir=None, state_dict=None):
+        self.model.save_pretrained(output_dir)  # Trainer would pickle its arguments beside it
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint.load_trained(self.model, resume_from_checkpoint)
         if self.adapter_steps and (file := Path(resume_from_checkpoint, STEPS)).is_file():
             self.adapter_steps.load_state(load_file(file))
+
+    def carried(self) -> dict:
+        """What steps that were made add to what is logged next."""
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_at": self._globalstep_last_logged,
+            "kl": None if self.text_kl is None else self.text_kl.seen.tolist(),
+            "stream": self.stream and self.stream.place,
+        }
+
+    def carry_on(self, carried: dict) -> None:
+        """Go on from what :meth:`carried` gave."""
+        self._tr_loss += carried["loss"]
+        self._globalstep_last_logged = carried["logged_at"]
+        self._total_loss_scalar = -carried["loss"]  # the summary is of the steps from here on
+        if self.text_kl is not None:
+            self.text_kl.seen = torch.tensor(carried["kl"])
+        if self.stream is not None:
+            self.stream.place = carried["stream"]
+
+
+class CarryOn(TrainerCallback):
+    """When training goes on, gives the trainer what its checkpoint carried."""
+
+    def __init__(self, trainer: BridgeTrainer, begun: Path):
+        self.trainer, self.begun = trainer, begun
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.carry_on(json.loads((self.begun / CARRIED).read_text()))
 
 
 def _by_decay(parameters) -> list[tuple[bool, list]]:
@@ -305,42 +456,27 @@ def _by_decay(parameters) -> list[tuple[bool, list]]:
     return [(decays, own) for decays, own in parts.items() if own]
 
 
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest Trainer checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    newest = max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-    return None if newest is None else str(newest)
-
-
-def save_final(model, processor, final: Path) -> None:
-    """Write a finished stage whole or not at all."""
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(final)
-
-
 class MetricsFile(TrainerCallback):
     """Keeps ``metrics.jsonl`` and ``loss.png`` of the run up to date."""
 
     def __init__(self, run: Path, stage: str):
         self.run, self.stage = run, stage
 
-    def _write(self, state):
+    def write(self, state):
+        """Everything that was logged, and the picture of it."""
         path = self.run / "metrics.jsonl"
         others = []
         if path.is_file():
             others = [r for r in map(json.loads, path.open()) if r["stage"] != self.stage]
         rows = others + [{"stage": self.stage, **entry} for entry in state.log_history]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        durable.write(path, "".join(json.dumps(row) + "\n" for row in rows))
         draw_loss(rows, self.run / "loss.png")
 
     def on_save(self, args, state, control, **kwargs):
-        self._write(state)
+        self.write(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._write(state)
+        self.write(state)
 
 
 def draw_loss(rows: list[dict], path: Path) -> None:
@@ -372,7 +508,8 @@ def draw_loss(rows: list[dict], path: Path) -> None:
         below[0].grid(alpha=0.3)
         below[0].legend()
     figure.axes[-1].set(xlabel="step")
-    figure.savefig(path, dpi=120)
+    figure.savefig(picture := io.BytesIO(), dpi=120, format="png")
+    durable.write(path, picture.getvalue())
 
 
 def environment() -> dict:

@@ -1,62 +1,124 @@
 """The data sets of a recipe, stage by stage."""
 
+import random
 import sys
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
+from mmpeft.bad_rows import BadRows
 from mmpeft.config import RunConfig
-from mmpeft.data import ConversationDataset, WithReplay
+from mmpeft.data import ConversationDataset
 from mmpeft.language_model import branch_limit
+from mmpeft.mixture import Mixture, shared_out, with_replay
+from mmpeft.streaming import FIRST, StreamDataset, some
 
 
 @dataclass
 class TrainingData:
     """
     Attributes:
-        vision: rows of the recipe's task.
-        align: what stage align learns from: ``data.align`` where there is one, else ``vision``.
+        vision: rows of the recipe's task; some may be held out.
+        align: what stage align learns from: ``data.align`` where there is one, else the mixture's
+            sources with pictures, else ``vision``.
         replay: rows of ``data.replay``, or ``None``.
-        instruct: what stage instruct learns from: ``vision``, with the replay mixed in.
-        sources: every data set that some stage reads, once, replay apart.
+        instruct: what stage instruct learns from: the mixture or ``vision``, with the replay mixed
+            in.
+        sources: every data set that some stage reads, once.
+        bad_rows: what was passed over of any of them.
     """
 
     vision: ConversationDataset
-    align: ConversationDataset
+    align: ConversationDataset | Mixture
     replay: ConversationDataset | None
-    instruct: ConversationDataset | WithReplay
+    instruct: ConversationDataset | Mixture
     sources: list[ConversationDataset]
+    bad_rows: BadRows
 
     @classmethod
     def load(cls, model, processor, config: RunConfig) -> "TrainingData":
-        """Read and check them.
+        """Open them, and try ``data.check_rows`` rows of each.
 
         Raises:
             ValueError: a bad row, or data that this LLM or connector cannot learn from.
         """
         data, size = config.data, config.data.chats_per_sample
         limit = branch_limit(model) if size > 1 else None
+        bad_rows = BadRows(data.max_bad_rows if data.on_bad_row == "skip" else None)
 
-        def dataset(task, chats_per_sample=size, held_out=0):
-            return ConversationDataset(
-                task, "train", processor, chats_per_sample, held_out=held_out, seed=config.seed,
-                branch_limit=limit, augmentation=data.augmentation,
+        def dataset(task, chats_per_sample=size):
+            scored = task is data.task or task == data.task
+            watched = config.retention if scored else None
+            kind = StreamDataset if task.streaming else ConversationDataset
+            return kind(
+                task, "train", processor, chats_per_sample, seed=config.seed, branch_limit=limit,
+                held_out=watched.vision_samples if watched else 0, augmentation=data.augmentation,
+                bad_rows=bad_rows,
             )  # fmt: skip
 
-        vision = dataset(
-            data.task, held_out=config.retention.vision_samples if config.retention else 0
-        )
-        another = data.align is not None and config.align is not None
-        align = dataset(data.align) if another else vision
-        replay, instruct = None, vision
-        if data.replay is not None:
-            replay = dataset(data.replay, chats_per_sample=1)
-            instruct = WithReplay(vision, replay, data.replay_share)
-            print(instruct, file=sys.stderr)
-        read = [align] if config.align is not None else []
-        read += [vision, replay] if config.instruct is not None else []
-        sources = {id(found): found for found in read if found is not None}
-        loaded = cls(vision, align, replay, instruct, list(sources.values()))
+        parts = data.mixture or []
+        mixed = [dataset(source.task) for source in parts]
+        vision = next((own for own in mixed if own.task == data.task), None)
+        vision = vision or dataset(data.task)
+        weights = [source.weight for source in parts]
+        rows = mixture_of(mixed, weights, config.seed) if mixed else vision
+        if data.align is not None and config.align is not None:
+            align = dataset(data.align)
+        elif mixed and config.align is not None:
+            seeing = [(own, w) for own, w in zip(mixed, weights, strict=True) if has_pictures(own)]
+            align = mixture_of(*zip(*seeing, strict=True), config.seed) if seeing else rows
+        else:
+            align = rows
+        replay = None if data.replay is None else dataset(data.replay, chats_per_sample=1)
+        instruct = rows
+        if replay is not None:
+            instruct = with_replay(rows, replay, data.replay_share, config.seed)
+        read = {"align": align, "instruct": instruct}
+        for stage in list(read):
+            if getattr(config, stage) is None:
+                del read[stage]
+            elif isinstance(read[stage], Mixture):
+                print(f"stage {stage}: {read[stage]}", file=sys.stderr)
+        sources = {id(own): own for rows in read.values() for own in parts_of(rows)}
+        loaded = cls(vision, align, replay, instruct, list(sources.values()), bad_rows)
+        for own in loaded.sources:
+            try_rows(own, data.check_rows, config.seed)
         refuse_idle_parts(loaded, config, model.config.gate)
         return loaded
+
+
+def mixture_of(datasets, weights, seed: int) -> Mixture:
+    """Data sets in shares by weight, as many samples a pass as they have together."""
+    return Mixture(datasets, shared_out([len(own) for own in datasets], weights), seed)
+
+
+def parts_of(rows: ConversationDataset | Mixture) -> list[ConversationDataset]:
+    """What a data set is mixed of: itself, where it is no mixture."""
+    return rows.datasets if isinstance(rows, Mixture) else [rows]
+
+
+def try_rows(dataset: ConversationDataset, count: int, seed: int) -> None:
+    """Make some samples, so that what is wrong shows before training begins.
+
+    They are drawn with ``seed``; of a stream they are the first.
+
+    Raises:
+        ValueError: a bad row, where none may be passed over.
+    """
+    if isinstance(dataset, StreamDataset):
+        drawn = dataset.first(count)
+    else:
+        drawn = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
+        drawn.sort()
+    for one in tqdm(drawn, desc=f"trying rows of {dataset.task.name}", delay=3, leave=False):
+        dataset[one]
+
+
+def has_pictures(dataset: ConversationDataset) -> bool:
+    """Whether any row has one, of a stream any of the first; reads all rows if there is none."""
+    every = some(dataset, FIRST if isinstance(dataset, StreamDataset) else len(dataset))
+    every = tqdm(every, desc=f"pictures of {dataset.task.name}", delay=3, leave=False)
+    return any(dataset.pictures(one)[0] for one in every)
 
 
 def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:
@@ -67,16 +129,21 @@ def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:
     Raises:
         ValueError: it would train the connector, or the adapter behind a gate that never opens.
     """
-    for stage, rows in (("align", data.align), ("instruct", data.vision)):
-        if getattr(config, stage) is None or any(rows.pictures(i)[0] for i in range(len(rows))):
+    for stage, rows in (("align", data.align), ("instruct", data.instruct)):
+        if getattr(config, stage) is None:
             continue
-        none = f"no row of task {rows.task.name} has a picture"
+        trains = config.trained_parts(stage)["connector"]
+        own = [part for part in parts_of(rows) if part is not data.replay]
+        if (not trains and gate == "none") or any(map(has_pictures, own)):
+            continue
+        streamed = any(isinstance(part, StreamDataset) for part in own)
+        none = f"none of the first {FIRST} rows" if streamed else "no row"
+        none += f" of task {', '.join(part.task.name for part in own)} has a picture"
         if stage == "align":
             raise ValueError(f"stage align trains the connector, but {none}; set align to null.")
-        if config.trained_parts(stage)["connector"]:
+        if trains:
             raise ValueError(
                 f"stage instruct trains the connector, but {none}; set instruct.freeze_connector: "
                 "true."
             )
-        if gate != "none":
-            raise ValueError(f"gate {gate} opens at pictures, but {none}; set model.gate: none.")
+        raise ValueError(f"gate {gate} opens at pictures, but {none}; set model.gate: none.")

@@ -61,13 +61,29 @@ NO_SAFETENSORS = (
 
 @contextmanager
 def readable(name: str):
-    """Inside, a safetensors file that is cut short, or is none, raises a ``ValueError``."""
+    """Inside, weights come from safetensors or not at all, and what is wrong is one line.
+
+    Libraries that fall back on pickles (timm, open_clip, peft) are kept from it.
+
+    Raises:
+        ValueError: a safetensors file is cut short or is none, or weights are pickled.
+    """
+    import torch
     from safetensors import SafetensorError
 
+    def refuse(*args, **kwargs):
+        raise ValueError(
+            f"{name} holds pickled weights only, and a pickle can run code when it is read. "
+            f"{NO_SAFETENSORS}"
+        )
+
+    torch_load, torch.load = torch.load, refuse
     try:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"{name}: a safetensors file is damaged, or a pointer instead of the file "
-            f"({first_line(error)}); fetch it again."
+            f"{name}: a safetensors file is damaged, or a pointer instead of the file, or a pickle "
+            f"by that name ({first_line(error)}); fetch it again."
         ) from error
+    finally:
+        torch.load = torch_load

@@ -1,6 +1,7 @@
-"""Your own data: a JSONL file of chats with images.
+"""Your own data, in any of the forms of ``docs/data.md``.
 
-Each line is ``{"messages": [...]}`` with the roles and typed parts of transformers and TRL:
+The form of the house, in JSONL, has in each line ``{"messages": [...]}`` with the roles and typed
+parts of transformers and TRL:
 
     {"messages": [
       {"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
@@ -14,13 +15,10 @@ line has ``"images": [...]``, one for each part in reading order.
 A last assistant message with ``"unfinished": true`` was cut by a limit (``mmpeft replay`` writes
 such): its words are learned, the end of the turn behind them is not.
 
-All lines are parsed at the start; a row is read from the file when it is used, so the file must
-stay as it is while it is in use.
+A row is read from the file when it is used, so the file must stay as it is while it is in use.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmpeft.task import Task
 
@@ -29,81 +27,68 @@ from mmpeft.task import Task
 class Messages(Task):
     """
     Attributes:
-        train: JSONL file to train on.
-        test: JSONL file to score on; the last assistant message is the reference.
+        train: what to train on: a file, a folder, shards/*.tar, or owner/name of the hub; behind
+            it #SPLIT, where it has splits of other names than train and test.
+        test: what to score on; the last assistant message is the reference.
+        format: how a row is written: messages, llava, sharegpt, caption or vqa; auto finds out.
+        columns: names of columns that are not called as the format has them, as {question:
+            sentence, answer: label}.
+        image_root: folder that every path of a picture must stay in; null takes any path, relative
+            ones from the folder of the file.
+        allow_urls: fetch pictures at http(s) addresses, once, into the user's cache.
+        prompt: what the user says with a captioned picture, or around {question}; of a list, rows
+            take one each in turn.
+        streaming: read the rows of train one behind the other while training, again and again;
+            for what is too large to be fetched or counted.
+        shuffle_buffer: with streaming, so many rows are read and given in random order; 1 leaves
+            them in order.
     """
 
     name = "messages"
 
     train: str | None = None
     test: str | None = None
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+    image_root: str | None = None
+    allow_urls: bool = False
+    prompt: str | list[str] | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+
+    def __post_init__(self):
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}; it must be 1 or more.")
 
     def rows(self, split):
-        from mmpeft.jsonl import JsonLines
+        from mmpeft.formats import open_rows
 
-        path = getattr(self, split)
-        if path is None:
+        if self.streaming and split == "train":
+            raise ValueError(
+                "task messages: train is streamed, but here its rows are needed by number; set "
+                "streaming: false."
+            )
+        return self._open(open_rows, split)
+
+    def stream(self, split, seed):
+        from mmpeft.formats.stream import open_stream
+
+        return self._open(open_stream, split, shuffle=self.shuffle_buffer, seed=seed)
+
+    def _open(self, open_, split, **options):
+        source = getattr(self, split)
+        if source is None:
             raise ValueError(f"task messages has no {split} file; set {split}: FILE.jsonl.")
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"task messages: {split} file {path} does not exist.")
-        return JsonLines(path, _read)
+        try:
+            return open_(
+                source, split, format=self.format, columns=self.columns, prompt=self.prompt,
+                image_root=self.image_root, allow_urls=self.allow_urls, **options,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"task messages: {split}: {error}") from None
 
     def where(self, row, index):
         return row["where"]
 
     def messages(self, row):
-        given = None if row["images"] is None else iter(row["images"])
-        chat, missing, marks = [], 0, 0
-        for message in row["messages"]:
-            content = message.get("content")
-            if isinstance(content, list):
-                content = [dict(part) for part in content]
-                for part in content:
-                    kind = part.get("type")
-                    if kind not in ("image", "video"):
-                        continue
-                    for other in ("path", "url"):  # as transformers also writes it
-                        if other in part:
-                            part.setdefault(kind, part.pop(other))
-                    if kind == "image":
-                        marks += 1
-                        if given is not None:
-                            part["image"] = next(given, None)
-                            missing += part["image"] is None
-                    if kind in part:
-                        part[kind] = _beside(row["folder"], part[kind])
-            chat.append(message | {"content": content})
-        if given is not None and (missing or marks != len(row["images"])):
-            raise ValueError(
-                f"{row['where']}: images: {len(row['images'])} images for {marks} image parts in "
-                "the messages; give one for each part."
-            )
-        return chat
-
-
-def _read(path: Path, number: int, line: str) -> dict:
-    where = f"{path} line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); write one object a line.") from None
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise ValueError(f"{where}: field 'messages' is missing or no list.")
-    for n, message in enumerate(row["messages"]):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{n}] is no object with role and content.")
-    return {
-        "messages": row["messages"],
-        "images": row.get("images"),
-        "folder": str(path.parent),
-        "where": where,
-    }
-
-
-def _beside(folder: str, image):
-    if isinstance(image, list):  # frames of a clip
-        return [_beside(folder, frame) for frame in image]
-    if not isinstance(image, str) or image.startswith(("data:", "http://", "https://")):
-        return image
-    return str(Path(folder) / image)
+        return row["messages"]

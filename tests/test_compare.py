@@ -197,7 +197,9 @@ def test_cells_are_processes_and_only_what_failed_is_run_again(write_grid, recip
     assert (out / "table.csv").read_text().startswith("data,seeds,trained_parameters,")
 
 
-def test_results_of_another_configuration_are_never_replaced_unasked(write_grid, in_process):
+def test_results_of_another_configuration_are_never_replaced_unasked(
+    write_grid, in_process, capsys
+):
     fewer = {"axes": {"rank": AXES["rank"]}, "exclude": []}
     run.compare(write_grid(**fewer, keep_checkpoints=False))
     assert in_process == ["2,seed0", "4,seed0"]
@@ -218,9 +220,13 @@ def test_results_of_another_configuration_are_never_replaced_unasked(write_grid,
     with pytest.raises(ValueError, match=r"2,seed0 \(evaluate.samples: 4 -> 3\)"):
         run.compare(other)
     trained = (cell.parent / "4,seed0/run/metrics.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
     report = run.compare(other, redo=True)
     assert report["n"] == 3 and in_process[3:] == ["2,seed0", "4,seed0"]
     # scored anew from what was kept; trained anew where nothing was
+    said = capsys.readouterr().err
+    assert "4,seed0: has the results of train; does score\n" in said
+    assert "2,seed0: has the results of train; does score, and trains again" in said
     assert (cell.parent / "4,seed0/run/metrics.jsonl").stat().st_mtime_ns == trained
     assert (cell / "run/checkpoint").is_dir()
 

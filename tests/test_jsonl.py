@@ -9,6 +9,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from mmpeft.data import ConversationDataset
+from mmpeft.formats import RowError
+from mmpeft.formats.json_text import line
 from mmpeft.jsonl import JsonLines
 from mmpeft.tasks.messages import Messages
 
@@ -58,20 +60,29 @@ def test_a_character_across_the_edge_of_a_read_stays_whole(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"messages": []}\n\n{"messages": [\n', "line 3: not JSON"),
-        (b'{"messages": []}\r\n\r\n[]\r\n', "line 3: field 'messages' is missing or no list"),
-        (b'{"messages": []}\n{"messages": ["\xff"]}\n', "line 2: not UTF-8 .* byte 15 of the line"),
-        (b'\xef\xbb\xbf{"messages": []}\n', "line 1: not JSON .*BOM"),
-        (b"", "has no rows"),
-        (b" \n\r\n\n", "has no rows"),
+        (b'{"t": 1}\n\n{"t": [\n{"t": 2}', "line 3: not JSON"),
+        (b'{"t": 1}\r\n\r\n[]\r\n{"t": 2}\r\n', "line 3: a JSON list, no object"),
+        (b'\n\n{"t": ["\xff"]}\n{"t": 2}\n', "line 3: not UTF-8 .* byte 8 of the line"),
+        (b'\r\n\n\xef\xbb\xbf{"t": 1}\n{"t": 2}\n', "line 3: not JSON"),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_learned(tmp_path, data, message):
+def test_a_bad_line_is_named_when_it_is_read_and_spares_the_others(tmp_path, data, message):
     path = tmp_path / "data.jsonl"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"data.jsonl.*{message}") as error:
-        Messages(train=str(path)).rows("train")
-    assert "\n" not in str(error.value)
+    rows = JsonLines(path, line)
+    (bad,) = [i for i, row in enumerate(rows.scan(0, len(rows))) if isinstance(row, RowError)]
+    with pytest.raises(RowError, match=f"data.jsonl {message}") as error:
+        rows[bad]
+    assert "\n" not in str(error.value) and error.value.row == 3
+    assert rows[-1] == {"t": 2}
+
+
+@pytest.mark.parametrize("data", [b"", b" \n\r\n\n"])
+def test_a_file_without_rows_is_refused(tmp_path, data):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="data.jsonl has no rows"):
+        JsonLines(path, line)
 
 
 def rewrite_shorter(path):

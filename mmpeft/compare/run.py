@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmpeft import __version__
-from mmpeft.compare.cell import RESULT, read_result, write_json
+from mmpeft.compare.cell import read_result, write_json
 from mmpeft.compare.figures import draw_front, draw_ranks
 from mmpeft.compare.grid import Cell, load_grid, read_yaml
 from mmpeft.compare.table import as_csv, as_markdown, pool
@@ -56,6 +56,8 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
     with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
         for cell in left:
             bar.set_description(cell.name)
+            if plan := partly_done(place(folder, cell.name), cell.hashes):
+                bar.write(f"{cell.name}: {plan}", file=sys.stderr)
             if problem := run_one(folder, cell, sections):
                 bar.write(f"{cell.name}: {problem}", file=sys.stderr)
             bar.update()
@@ -160,10 +162,24 @@ def place(folder: Path, name: str) -> Path:
     return folder / "cells" / name
 
 
+def steps_done(own: Path, hashes: dict) -> list[str]:
+    """The steps that have a result of this configuration."""
+    done = (read_result(own) or {"hashes": {}})["hashes"]
+    return [step for step, key in hashes.items() if done.get(step) == key]
+
+
+def partly_done(own: Path, hashes: dict) -> str | None:
+    """What a cell that was begun has, and what it lacks."""
+    if not (done := steps_done(own, hashes)):
+        return None
+    again = "" if (own / "run/checkpoint").is_dir() else ", and trains again (nothing was kept)"
+    left = [step for step in hashes if step not in done]
+    return f"has the results of {', '.join(done)}; does {', '.join(left)}{again}"
+
+
 def is_complete(own: Path, hashes: dict) -> bool:
     """Whether every step has a result of this configuration."""
-    result = read_result(own) if (own / RESULT).is_file() else None
-    return result is not None and all(result["hashes"].get(s) == key for s, key in hashes.items())
+    return len(steps_done(own, hashes)) == len(hashes)
 
 
 def of_steps(result: dict, hashes: dict) -> dict:

@@ -9,6 +9,7 @@ from mmpeft.encoder.contract import (
     one_line,
     unknown_name,
 )
+from mmpeft.weights import readable
 
 
 @dataclass
@@ -66,7 +67,8 @@ class OpenClipEncoder(VisionEncoder):
         try:
             if not weights:
                 name, options = _without_weights(name, config.pretrained, options)
-            return open_clip.create_model(name, **options)
+            with readable(config.name):
+                return open_clip.create_model(name, **options)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"{config.name} (pretrained {config.pretrained}) cannot be loaded by open_clip: "

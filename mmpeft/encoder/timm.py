@@ -9,6 +9,7 @@ from mmpeft.encoder.contract import (
     one_line,
     unknown_name,
 )
+from mmpeft.weights import readable
 
 
 @dataclass
@@ -75,7 +76,8 @@ class TimmEncoder(VisionEncoder):
         while True:
             options = attempts.pop(0)
             try:
-                return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+                with readable(config.name):
+                    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
             except TypeError:
                 if not attempts:
                     raise

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from mmpeft.encoder.contract import VisionEncoder, VisionEncoderConfig, one_line
+from mmpeft.weights import readable
 
 # Learned tokens that the embeddings of a ViT put in front of the patches.
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
@@ -38,7 +39,8 @@ class TransformersEncoder(VisionEncoder):
 
         name = resolve(config.name)
         try:
-            self.model = _vision_model(name, config.revision, weights)
+            with readable(config.name):
+                self.model = _vision_model(name, config.revision, weights)
             processor = AutoImageProcessor.from_pretrained(
                 name, revision=config.revision, trust_remote_code=False
             )

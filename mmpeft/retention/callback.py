@@ -1,12 +1,12 @@
 """Retention while training: a few text items and a few pictures every so many steps."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
 
+from mmpeft import durable
 from mmpeft.config import RetentionConfig
 from mmpeft.evaluate import generate_replies
 from mmpeft.retention.compare import compare_sides
@@ -87,7 +87,7 @@ class RetentionCallback(TrainerCallback):
             point["best"] = True
             self._keep()
         self.points.append(point)
-        _replace(self.run / "front.json", json.dumps(self.points, indent=1) + "\n")
+        durable.write(self.run / "front.json", json.dumps(self.points, indent=1) + "\n")
         return point
 
     def within(self, point: dict) -> bool:
@@ -99,15 +99,6 @@ class RetentionCallback(TrainerCallback):
         return any(body["bounds95"][1] < -self.config.max_drop for body in point["modes"].values())
 
     def _keep(self) -> None:
-        best, partial = self.run / "best", self.run / "best.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        self.processor.save_pretrained(partial)
-        shutil.rmtree(best, ignore_errors=True)
-        partial.rename(best)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+        with durable.whole_folder(self.run / "best") as new:
+            self.model.save_pretrained(new)
+            self.processor.save_pretrained(new)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import random
 import time
@@ -11,6 +10,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import mmpeft
+from mmpeft import durable
 from mmpeft.checkpoint import find_checkpoint, load
 from mmpeft.images import load_frames, load_image
 from mmpeft.retention.compare import Comparison, compare_sides
@@ -293,7 +293,5 @@ def write(report: dict, items: list[dict], folder: str | Path) -> list[Path]:
         "report.html": render_page(report, items),
     }
     for name, body in bodies.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(body, encoding="utf-8")
-        os.replace(partial, folder / name)
+        durable.write(folder / name, body)
     return [folder / name for name in bodies]

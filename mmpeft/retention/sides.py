@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mmpeft.gate import gate_behind
+from mmpeft.weights import readable
 
 SIDES = ("base", "bridge")
 
@@ -245,9 +246,10 @@ class CheckpointSides(Sides):
         if self._loaded[0] != side:
             self._loaded = (None, None)
             gc.collect()  # the other side leaves memory before this one comes
-            model = self._classes[side].from_pretrained(
-                self.names[side], dtype=self._dtype, use_safetensors=True
-            )
+            with readable(self.names[side]):
+                model = self._classes[side].from_pretrained(
+                    self.names[side], dtype=self._dtype, use_safetensors=True
+                )
             self._loaded = (side, model.to(self._device).eval())
         with evaluation(self._loaded[1]):
             yield self._loaded[1]
@@ -293,8 +295,10 @@ def open_sides(base: str, tuned: str, dtype: str = "auto", device: str | None = 
         if not (Path(tuned) / "adapter_config.json").is_file():
             return CheckpointSides(base, tuned, dtype, device)
         PeftConfig.from_pretrained(tuned)  # says at once what is wrong with it
-        llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
-        model = PeftModel.from_pretrained(llm, tuned, use_safetensors=True).to(device).eval()
+        with readable(base):
+            llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        with readable(tuned):  # peft would read a pickle where there is nothing else
+            model = PeftModel.from_pretrained(llm, tuned).to(device).eval()
         return AdapterSides(model, with_padding(AutoTokenizer.from_pretrained(base)), (base, tuned))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,12 +1,12 @@
 """Rows that cannot be learned from: the first one stops the run, or they are passed over, listed.
 
-Passed over is a row whose own content is wrong; a mistake of the program, or a file that changed
-while it was read, always stops. A worker process cannot write the run's list: it hands on with a
-sample what it passed over, and the process that trains counts and lists it with the sample.
+Passed over is a row of which reading, checking or preparing raises a ``ValueError`` or finds no
+file; what goes wrong behind that, or a file that changed while it was read, always stops. A worker
+process cannot write the run's list: it hands on with a sample what it passed over, and the process
+that trains counts and lists it with the sample.
 """
 
 import json
-import os
 import re
 import sys
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
+from mmpeft import durable
 from mmpeft.formats.errors import RowError
 
 KEY = "bad_rows"  # of a sample or batch: what a worker passed over on the way to it
@@ -110,10 +111,8 @@ class BadRows:
         """Few rows, so the whole list anew: it is never torn."""
         if self._path is None:
             return
-        partial = self._path.with_name(FILE + ".partial")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        partial.write_text("".join(lines), "utf-8")
-        os.replace(partial, self._path)
+        durable.write(self._path, "".join(lines))
 
     def say(self) -> None:
         """One line on what was passed over so far, if anything was."""

@@ -15,6 +15,8 @@ BEFORE = {  # role -> what may stand right before it; None is the start of the c
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+# what some chat templates write, each in a way of its own, and others leave out without a word
+ASIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 class Problem(NamedTuple):
@@ -32,7 +34,9 @@ def chat_problems(messages) -> list[Problem]:
     """All that keeps a chat from being learned from, in the order of its messages.
 
     Looked at are roles and their order, empty turns, parts, the last turn, and whether the
-    assistant says anything; not whether pictures can be read. A chat in order has none.
+    assistant says anything; not whether pictures can be read. Tool calls, thoughts and weights that
+    a message has beside its content are refused: they would not be learned as they are written.
+    A chat in order has none.
     """
     if not isinstance(messages, list):
         kind = type(messages).__name__
@@ -57,7 +61,8 @@ def chat_problems(messages) -> list[Problem]:
                 found.append(_out_of_order(field, role, before))
             before = role
         wrong, has_words = _content_problems(field, role, message.get("content"))
-        found += wrong
+        # a message that only calls a tool is not empty; what it says is just not in its content
+        found += _aside_problems(field, role, message) or wrong
         said |= role == "assistant" and has_words
         if message.get("unfinished") and (role != "assistant" or n < len(messages) - 1):
             found.append(
@@ -93,6 +98,29 @@ def _out_of_order(field: str, role: str, before: str | None) -> Problem:
         remedy = "an assistant answers a user or a tool"
     after = "at the start of the chat" if before is None else f"right after {before!r}"
     return Problem(f"{field}.role", f"is {role!r} {after}", remedy)
+
+
+def _aside_problems(field: str, role, message: dict) -> list[Problem]:
+    """Problems of what a message has beside its role and content."""
+    found = [
+        Problem(
+            f"{field}.{key}", "would not be learned: chat templates may leave it out",
+            "write it into content as the model is to say it, or take the row out",
+        )
+        for key in ASIDE
+        if message.get(key)
+    ]  # fmt: skip
+    for key in ("weight", "train"):
+        value = message.get(key)
+        if value is not None and value != (role == "assistant"):
+            found.append(
+                Problem(
+                    f"{field}.{key}",
+                    f"is {shown(value)}, but all that the assistant says is learned, and no more",
+                    "leave the field out if that is meant, else take the row out",
+                )
+            )
+    return found
 
 
 def _content_problems(field: str, role, content) -> tuple[list[Problem], bool]:

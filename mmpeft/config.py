@@ -227,8 +227,8 @@ class StageConfig(TrainingArguments):
             adapter off. metrics.jsonl has the divergence as kl_to_base; loss is the sum of both.
         bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
         train_sampling_strategy: order of the samples: random, sequential, or group_by_length, whose
-            batches are all with pictures or all without, and about equally long; less padding
-            where there is no packing, and steps of one kind.
+            batches are all with pictures or all without, but for the last one or two of a pass, and
+            about equally long; less padding where there is no packing, and steps of one kind.
         dataloader_num_workers: processes that make samples; null is up to 4 for a CUDA device, as
             far as there are CPU cores beside the one that trains, and otherwise 0: on a CPU,
             samples are a hundredth of the work, and workers would take its cores.

@@ -42,9 +42,11 @@ class ConversationDataset(Dataset):
 
     Attributes:
         store: a :class:`~mmpeft.feature_store.FeatureStore` to look pictures up in, or ``None``.
+        seeing: whether any row has a picture, ``None`` until all were looked through for it.
     """
 
     store = None
+    seeing: bool | None = None
 
     def __init__(
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,19 @@ CHECKSUMS = "checksums.json"
 TORN = "torn-"  # what a torn checkpoint is called, until there is a newer one
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPARE = 1_000_000  # a disk with fewer bytes free is full
+_WINDOWS = os.name == "nt"
 
 
 class NotWritten(OSError):
-    """Something could not be written; what was there before is as it was."""
+    """Something could not be written; what was there before is as it was.
+
+    Attributes:
+        errno: one of ``NO_ROOM`` where the disk is full; ``None`` where it is not known.
+    """
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno
 
 
 def write(path: Path, data: str | bytes) -> None:
@@ -47,28 +57,46 @@ def write(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, checksums: bool = True) -> Iterator[Path]:
+def whole_folder(path: Path, checksums: bool = True, replace: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes ``path`` with its checksums when the block ends well.
 
     It has the same name, in a folder beside ``path``, until then, and is gone if the block fails.
 
+    Args:
+        replace: whether it takes the place of one that exists when the block ends.
+
     Raises:
+        FileExistsError: there is one that may not be replaced.
         NotWritten: the disk is full, or a folder cannot be written to.
     """
     staging = _partial(path)
-    new = staging / path.name
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    new, old = staging / path.name, staging / f"{path.name}.old"
+
+    def clear():
+        if old.exists() and not path.exists():  # it ended between the two renames
+            old.rename(path)
+        shutil.rmtree(staging, ignore_errors=True)
+
+    clear()  # after a process that was killed
     try:
         with _explained(path):
             new.mkdir(parents=True)
             yield new
             seal(new, checksums)
             if path.exists():
-                path.rename(staging / f"{path.name}.old")
+                if not replace:
+                    raise _Exists(
+                        f"{path} was made by another process meanwhile; choose another folder."
+                    )
+                path.rename(old)
             new.rename(path)
             _sync(path.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        clear()
+
+
+class _Exists(FileExistsError):
+    """Not a failure to write."""
 
 
 def _partial(path: Path) -> Path:
@@ -79,24 +107,25 @@ def _partial(path: Path) -> Path:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except NotWritten:
+    except (NotWritten, _Exists):
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise theirs
-        raise NotWritten(f"{path} could not be written: {_reason(error, path)}") from error
+        number = getattr(error, "errno", None)
+        if number is None and _is_full(path):
+            number = errno.ENOSPC
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason if number is None else os.strerror(number)
+        raise NotWritten(f"{path} could not be written: {reason}", number) from error
 
 
-def _reason(error: Exception, path: Path) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)
+def _is_full(path: Path) -> bool:
     there = next(folder for folder in path.absolute().parents if folder.exists())
-    if shutil.disk_usage(there).free < _SPARE:
-        return os.strerror(errno.ENOSPC)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shutil.disk_usage(there).free < _SPARE
 
 
 def no_room(error: BaseException) -> bool:
     """Whether a disk or a quota is full."""
-    return isinstance(error, NotWritten) or getattr(error, "errno", None) in NO_ROOM
+    return getattr(error, "errno", None) in NO_ROOM
 
 
 # ------------------------------------------------------------------------------------ checksums
@@ -107,7 +136,7 @@ def seal(folder: Path, checksums: bool = True) -> None:
     for path in folder.rglob("*"):
         _sync(path)
     if checksums:
-        found = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+        found = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in _files(folder)}
         write(folder / CHECKSUMS, json.dumps(found, indent=1) + "\n")
     _sync(folder)
 
@@ -166,7 +195,9 @@ def _fingerprint(path: Path) -> dict:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if _WINDOWS and path.is_dir():  # which cannot be opened there
+        return
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -183,7 +214,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """``checkpoint-N`` in a folder, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def last_good(folder: Path) -> Path | None:

@@ -37,7 +37,14 @@ def load_image(source, what: str = "image") -> Image.Image:
         ValueError: not an image in one of ``FORMATS``, truncated, empty, of several frames or of
             32-bit pixels, or larger than ``MAX_PIXELS``, ``MAX_SIDE`` or ``MAX_BYTES``.
     """
-    return _to_rgb(*_open_still(source, what))
+    return _to_rgb(*_open_still(source, what), own=not isinstance(source, Image.Image))
+
+
+def check_image(source, what: str = "image") -> None:
+    """Read an image, or the first frame of a clip, to its last pixel; raises as ``load_image``."""
+    image, what = _open(source, what)
+    with _decoding(what):
+        image.load()
 
 
 def image_size(source, what: str = "image") -> tuple[int, int]:
@@ -45,6 +52,7 @@ def image_size(source, what: str = "image") -> tuple[int, int]:
     image, what = _open_still(source, what)
     width, height = image.size
     with _decoding(what):
+        _settle_exif(image)
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     turned &= image.format != "TIFF"  # there, Pillow has turned the size already
     return (width, height) if turned else (height, width)
@@ -95,7 +103,7 @@ def load_frames(source, num_frames: int, what: str = "clip") -> list[Image.Image
     with _decoding(what):
         for number, frame in enumerate(ImageSequence.Iterator(image)):
             if number in numbers:
-                frames.append(_to_rgb(frame.copy(), f"{what}, frame {number + 1}"))
+                frames.append(_to_rgb(frame.copy(), f"{what}, frame {number + 1}", own=True))
     return frames
 
 
@@ -143,10 +151,15 @@ def _open(source, what: str) -> tuple[Image.Image, str]:
     """The image, its pixels unread and not too many, and how error messages call it."""
     image, what = _read(source, what)
     if isinstance(image, bytes):
+        data = image
         try:
             with _decoding(what, (UnidentifiedImageError, Image.DecompressionBombError)):
-                image = Image.open(io.BytesIO(image), formats=FORMATS)
+                image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
+            if (kind := _signature(data)) is not None:
+                raise ValueError(
+                    f"{what} is truncated or damaged (it begins like {kind}); replace the file."
+                ) from None
             raise ValueError(
                 f"{what} is not an image in a format that is read here ({', '.join(FORMATS)})."
             ) from None
@@ -161,6 +174,22 @@ def _open(source, what: str) -> tuple[Image.Image, str]:
     if width == 0 or height == 0:
         raise ValueError(f"{what} has no pixels ({width} x {height}).")
     return image, what
+
+
+def _signature(data: bytes) -> str | None:
+    """The format that bytes begin like; of two letters alone, as a text may have, none."""
+    kinds = (kind for kind in FORMATS if kind not in ("BMP", "PPM"))
+    return next((kind for kind in kinds if Image.OPEN[kind][1](data[:16])), None)
+
+
+def _settle_exif(image: Image.Image) -> None:
+    """EXIF that cannot be read turns no picture, as Pillow has it in JPEG."""
+    try:
+        image.getexif()
+    except SyntaxError as error:
+        if not str(error).startswith("not a TIFF file"):
+            raise
+        image.getexif()  # from now on empty
 
 
 def _open_still(source, what: str) -> tuple[Image.Image, str]:
@@ -188,6 +217,10 @@ def _decoding(what: str, but: tuple = ()):
         if isinstance(error, ValueError) and str(error).startswith(what):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "MAX_TEXT" in reason:  # so Pillow names its limits on texts and colour profiles
+            raise ValueError(
+                f"{what}: its metadata cannot be read ({reason}); save it without."
+            ) from None
         raise ValueError(f"{what} is truncated or damaged ({reason}); replace the file.") from None
 
 
@@ -201,7 +234,8 @@ def _decode_data_url(url: str, what: str) -> bytes:
         raise ValueError(f"{what}: the data URL cannot be decoded ({error}).") from None
 
 
-def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+def _to_rgb(image: Image.Image, what: str, own: bool = False) -> Image.Image:
+    """Upright RGB; ``own`` is an image that nobody else has, and may be changed."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             f"{what}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which fills what is missing of an "
@@ -210,7 +244,12 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
     with _decoding(what):
         image.load()  # all of it, while it still says what format it was
         sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-        image = ImageOps.exif_transpose(image)
+        _settle_exif(image)
+        if own:
+            ImageOps.exif_transpose(image, in_place=True)
+            image = image._new(image.im)  # a plain image of the same pixels, without the file
+        else:
+            image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") and not sixteen_bits:
         raise ValueError(
             f"{what} has 32-bit pixels (mode {image.mode}), which do not say what is white; save "
@@ -222,7 +261,8 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
     image.info.clear()  # what it says (EXIF, a colour profile) is of the file
     return image
 

@@ -80,11 +80,12 @@ def search(model, dataset, collator, config: RunConfig, cache) -> dict:
             model.connector.load_state_dict(start)
             model.replace_adapter(own.model.adapter)
             watch = ValidationLoss(held_out)
+            folder = work / f"r{rank}/stages/instruct"
+            begun = durable.last_good(folder) if number else None
             try:
                 train_stage(
-                    model, learned, collator, own, "instruct", work / f"r{rank}/stages/instruct",
-                    resume=number > 0, cache=cache, callbacks=[watch],
-                )  # fmt: skip
+                    model, learned, collator, own, "instruct", folder, begun, cache, [watch]
+                )
             except NonFinite:
                 watch.losses = np.full(len(held_out), np.nan)
             losses[rank], seconds[rank] = watch.losses, time.perf_counter() - began

@@ -13,7 +13,7 @@ class PassSampler(Sampler):
         dataset: a :class:`~mmpeft.data.ConversationDataset` or :class:`~mmpeft.mixture.Mixture`.
         seed: with the number of the pass, all that the order depends on.
         strategy: ``random``, ``sequential``, or ``group_by_length``: batches of samples that all
-            have pictures, or none, and that are about equally long.
+            have pictures, or none, and that are about equally long, see :func:`grouped`.
         batch_size: samples of a batch.
     """
 

@@ -1,5 +1,6 @@
 """How training ends before its time: a signal, a full disk, a dead worker; each in one line."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from mmpeft import durable
+
+PATIENCE = 20  # SIGTERMs, 0.1 s apart, before a worker is killed
 
 
 class Stopped(KeyboardInterrupt):
@@ -63,7 +66,7 @@ class FinishStep(TrainerCallback):
 def leave_signals_to_trainer(begin, worker_id: int) -> None:
     """How a data worker begins: what a terminal or scheduler sends to all processes is not for it.
 
-    It passes over one SIGTERM; at the second it ends, since at exit Python sends its own and waits.
+    It passes over one SIGTERM and ends at the second, see :func:`no_worker_left`.
 
     Args:
         begin: what else it does then, given ``worker_id``.
@@ -81,15 +84,37 @@ def leave_signals_to_trainer(begin, worker_id: int) -> None:
 
 
 @contextmanager
+def no_worker_left() -> Iterator[None]:
+    """End the child processes that were started inside and still run.
+
+    After an error the loader lives on, and Python at its exit sends each worker one SIGTERM, which
+    it passes over, and waits. Told twice it ends with 0, of which torch makes no error.
+    """
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        left = set(multiprocessing.active_children()) - before
+        for _ in range(PATIENCE):
+            for worker in left:
+                worker.terminate()
+            for worker in left:
+                worker.join(0.1)
+            left = {worker for worker in left if worker.is_alive()}
+        for worker in left:  # stuck in something that handles no signal
+            worker.kill()
+
+
+@contextmanager
 def resumable(stage: str, folder: Path) -> Iterator[FinishStep]:
-    """Around the training of a stage: what ends it says what is whole, and how to go on.
+    """Around the training of a stage, or its saving: what ends it says how to go on.
 
     Args:
         folder: its checkpoints.
 
     Raises:
         Stopped: a signal was received.
-        NotWritten: the disk is full.
+        NotWritten: the disk is full, or cannot be written to.
         ValueError: a worker process is gone.
     """
     finish = FinishStep()
@@ -104,9 +129,11 @@ def resumable(stage: str, folder: Path) -> Iterator[FinishStep]:
                 f"stage {stage}: a process that makes samples is gone (often out of memory; fewer "
                 f"dataloader_num_workers need less); {how_to_go_on(stage, folder)}"
             ) from error
-        if not durable.no_room(error):
+        full = durable.no_room(error)
+        if not full and not isinstance(error, durable.NotWritten):
             raise
-        raise durable.NotWritten(f"{error}. Make room; {how_to_go_on(stage, folder)}") from error
+        remedy = f"{'. Make room' if full else ''}; {how_to_go_on(stage, folder)}"
+        raise durable.NotWritten(f"{error}{remedy}", error.errno) from error
     if finish.signal is not None:
         raise Stopped(how_to_go_on(stage, folder), finish.signal)
 
@@ -115,9 +142,10 @@ def worker_died(error: BaseException | None) -> bool:
     """Whether an error is, or comes from, that of torch for a worker process that is gone.
 
     torch raises it wherever training is at that moment, in other code that may raise its own of it.
+    What goes wrong inside a worker that lives is not meant.
     """
     while error is not None:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -125,6 +153,8 @@ def worker_died(error: BaseException | None) -> bool:
 
 def how_to_go_on(stage: str, folder: Path) -> str:
     """What is whole on disk, and the option that goes on from there."""
+    if not (folder.parents[1] / "config.yaml").is_file():  # of a candidate, see mmpeft.rank
+        return "with --resume, the search for a rank begins anew."
     newest = next(iter(durable.checkpoints(folder)), None)
     since = "begins" if newest is None else f"goes on from step {durable.step_of(newest)}"
     return f"with --resume, stage {stage} {since}."

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +29,7 @@ from mmpeft.nonfinite import KeepRows, NonFinite, report
 from mmpeft.processing import BridgeProcessor
 from mmpeft.sampling import PassSampler
 from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
-from mmpeft.stopping import how_to_go_on, leave_signals_to_trainer, resumable
+from mmpeft.stopping import how_to_go_on, leave_signals_to_trainer, no_worker_left, resumable
 from mmpeft.streaming import StreamDataset, StreamSampler
 from mmpeft.training_data import TrainingData
 
@@ -57,7 +58,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
         the run folder.
 
     Raises:
-        FileExistsError: the run folder exists and ``resume`` is off.
+        FileExistsError: the run folder exists, or another run makes it, and ``resume`` is off.
         ValueError: a bad configuration or a bad row, named; a loss that is no number.
         NotWritten: the disk is full; what was whole is whole.
         Stopped: SIGTERM or SIGINT came, and a checkpoint was written.
@@ -95,14 +96,14 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
 
             settle_rank(model, data.vision, collator, config, cache)
         folder = run / "stages" / stage
+        begun = durable.last_good(folder) if resume else None
         if stage == "instruct":
-            begun = durable.last_good(folder) if resume else None
             start_adapter(model, config, data, cache, begun)
         # stage align trains the connector alone, which text never meets
         rows, watching = (data.align, callbacks) if stage == "align" else (data.instruct, also)
-        train_stage(model, rows, collator, config, stage, folder, resume, cache, watching)
+        train_stage(model, rows, collator, config, stage, folder, begun, cache, watching)
         data.bad_rows.say()
-        with durable.whole_folder(final) as new:
+        with resumable(stage, folder), durable.whole_folder(final) as new:
             model.save_pretrained(new)
             processor.save_pretrained(new)
     print(f"trained: {run}", file=sys.stderr)
@@ -128,19 +129,36 @@ def check_run_folder(run: Path, resolved: str, resume: bool) -> None:
             )
     elif not recorded.is_file():
         raise FileNotFoundError(f"nothing to resume: {recorded} does not exist.")
-    elif (was := recorded.read_text()) != resolved:
-        changed = set(was.splitlines()) ^ set(resolved.splitlines())
-        keys = sorted({line.strip().split(":")[0] for line in changed} - set(FREE))
+    else:
+        for mark in run.glob("stages/*/*/complete"):  # what stood for checksums.json then
+            if not (mark.parent / durable.CHECKSUMS).exists():
+                raise ValueError(
+                    f"{run} was begun with an older mmpeft, which drew samples in another order; "
+                    "finish it with that one, or begin anew with another --output_dir."
+                )
+        keys = differing(yaml.safe_load(recorded.read_text()), yaml.safe_load(resolved))
         if keys:
             raise ValueError(
                 f"{run} was begun with another configuration: {', '.join(keys)} differ."
             )
 
 
+def differing(was, now) -> list[str]:
+    """Dotted names of what differs between two configurations, ``FREE`` apart."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = [key for key in was | now if key not in FREE]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        keys, was, now = range(len(was)), dict(enumerate(was)), dict(enumerate(now))
+    else:
+        return [] if was == now else [""]
+    below = [(key, differing(was.get(key, ...), now.get(key, ...))) for key in keys]
+    return [f"{key}.{name}".removesuffix(".") for key, names in below for name in names]
+
+
 def start_run_folder(run: Path, resolved: str, cache) -> None:
     """Create the run folder with the resolved configuration and the environment."""
     found = environment() | {"features_kept": cache is not None and cache.store is not None}
-    with durable.whole_folder(run, checksums=False) as new:
+    with durable.whole_folder(run, checksums=False, replace=False) as new:
         (new / ENVIRONMENT).write_text(json.dumps(found, indent=2) + "\n")
         (new / "config.yaml").write_text(resolved)
 
@@ -203,10 +221,15 @@ def place_encoder(model, config: RunConfig) -> None:
 
 
 def train_stage(
-    model, dataset, collator, config: RunConfig, stage: str, folder: Path, resume: bool,
+    model, dataset, collator, config: RunConfig, stage: str, folder: Path, begun: Path | None,
     cache=None, callbacks=(),
 ) -> None:  # fmt: skip
-    """One stage on ``transformers.Trainer``."""
+    """One stage on ``transformers.Trainer``.
+
+    Args:
+        folder: for its checkpoints.
+        begun: the one to go on from.
+    """
     arguments = getattr(config, stage)
     if arguments.n_gpu > 1 or arguments.world_size > 1:
         raise ValueError(
@@ -219,7 +242,6 @@ def train_stage(
     adapters.set_trainable(model, **config.trained_parts(stage))
     plan = adapters.render_freeze_plan(adapters.freeze_plan(model))
     print(f"\nstage {stage}\n{plan}", file=sys.stderr)
-    begun = durable.last_good(folder) if resume else None
     metrics = MetricsFile(folder.parent.parent, stage)
     trainer = BridgeTrainer(
         model=model,
@@ -247,6 +269,7 @@ def train_stage(
     try:
         with (
             resumable(stage, folder) as finish,
+            no_worker_left(),
             compiled(model, False),  # only steps, not what callbacks measure between them
         ):
             trainer.add_callback(finish)
@@ -257,7 +280,7 @@ def train_stage(
                 trainer.train(resume_from_checkpoint=begun and str(begun))
     except NonFinite as found:
         step = trainer.state.global_step + 1
-        path = folder.parent.parent / f"nonfinite_step_{step}.json"
+        path = folder.parent.parent / f"nonfinite_{stage}_step_{step}.json"
         report(found, model, dataset.processor.tokenizer, stage, step, path)
         found.args = (
             f"stage {stage}, step {step}: {found}; its rows are in {path}. If they are at fault, "
@@ -283,11 +306,13 @@ def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
 
 
 def total_steps(arguments, samples: int) -> int:
-    """Optimizer steps of a stage on so many samples."""
+    """Optimizer steps of a stage on so many samples, as Trainer counts them: in whole passes."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    return math.ceil(samples * arguments.num_train_epochs / batch)
+    cut = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = cut(samples / arguments.train_batch_size)
+    steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(steps * arguments.num_train_epochs)
 
 
 class BridgeTrainer(Trainer):

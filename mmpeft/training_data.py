@@ -115,10 +115,13 @@ def try_rows(dataset: ConversationDataset, count: int, seed: int) -> None:
 
 
 def has_pictures(dataset: ConversationDataset) -> bool:
-    """Whether any row has one, of a stream any of the first; reads all rows if there is none."""
+    """Whether any row has one, of a stream any of the first; if none has, reads all rows, once."""
+    if dataset.seeing is not None:
+        return dataset.seeing
     every = some(dataset, FIRST if isinstance(dataset, StreamDataset) else len(dataset))
     every = tqdm(every, desc=f"pictures of {dataset.task.name}", delay=3, leave=False)
-    return any(dataset.pictures(one)[0] for one in every)
+    dataset.seeing = any(dataset.pictures(one)[0] for one in every)
+    return dataset.seeing
 
 
 def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:
@@ -134,6 +137,7 @@ def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:
             continue
         trains = config.trained_parts(stage)["connector"]
         own = [part for part in parts_of(rows) if part is not data.replay]
+        own.sort(key=lambda part: not part.seeing)  # what is known to have some need not be read
         if (not trains and gate == "none") or any(map(has_pictures, own)):
             continue
         streamed = any(isinstance(part, StreamDataset) for part in own)

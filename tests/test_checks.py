@@ -80,6 +80,14 @@ def test_a_chat_in_order_has_no_problem(chat):
          r"lone surrogate \ud83d at 5"),
         ([user("q"), assistant("a") | {"unfinished": True}, user("q"), assistant("a")],
          "messages[1].unfinished", "not the assistant's last"),
+        ([user("q"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+         "messages[1].tool_calls", "would not be learned"),
+        ([user("q"), assistant("a") | {"function_call": {"name": "f"}}],
+         "messages[1].function_call", "write it into content"),
+        ([user("q"), assistant("a") | {"reasoning_content": "hm"}],
+         "messages[1].reasoning_content", "write it into content"),
+        ([user("q"), assistant("a") | {"weight": 0}], "messages[1].weight", "is 0, but all"),
+        ([user("q") | {"train": True}, assistant("a")], "messages[0].train", "is True, but all"),
     ],
 )  # fmt: skip
 def test_a_fault_is_named_by_field_with_a_remedy(chat, field, words):
@@ -89,6 +97,11 @@ def test_a_fault_is_named_by_field_with_a_remedy(chat, field, words):
     with pytest.raises(ValueError) as refused:
         check_chat(chat, "data.jsonl line 3")
     assert str(refused.value) == f"data.jsonl line 3: {problem}"
+
+
+def test_fields_that_say_what_is_so_anyway_are_no_problem():
+    turn = assistant("a") | {"weight": 1.0, "train": True, "tool_calls": [], "name": "x"}
+    assert not chat_problems([user("q") | {"weight": 0, "train": False}, turn])
 
 
 def test_every_fault_is_told_in_the_order_of_the_chat():

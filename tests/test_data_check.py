@@ -213,6 +213,12 @@ def test_a_duplicate_has_the_same_words_and_the_same_pictures(jsonl, pictured, t
     assert [p.rpartition(" line ")[2] for (p,) in found(checked, "problem")] == ["1", "5"]
 
 
+def test_rows_that_differ_in_a_field_of_a_message_are_no_duplicates(jsonl):
+    named = [user("q") | {"name": name} for name in ("a", "b", "a")]
+    path = jsonl([{"messages": [one, assistant("x")]} for one in named])
+    assert found(check_data([path], workers=0), "row", "kind") == [(3, "duplicate")]
+
+
 def test_duplicates_are_found_across_files(jsonl):
     first, second = jsonl([chat("q"), chat("p")], "a.jsonl"), jsonl([chat("p")], "b.jsonl")
     checked = check_data([first, second], workers=0)
@@ -309,6 +315,12 @@ def test_runs_spell_the_whole_text_and_count_every_token(tiny, images):
         "<|im_start|>assistant\n", " a<|im_end|>", "\n",
     ]  # fmt: skip
     assert [run.text for run in runs] == turns
+
+
+def test_neighbouring_pictures_are_a_mark_each(tiny, images):
+    messages = [user(images[0], images[1], "?", images[2]), assistant("a")]
+    runs = token_runs(tiny[1], messages)
+    assert [run.tokens for run in runs if run.kind == "image"] == [16, 16, 16]
 
 
 def test_the_end_of_an_unfinished_answer_is_shown_as_not_learned(tiny):

@@ -6,6 +6,10 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ import mmpeft
 from mmpeft import cli, durable, feature_cache, feature_setup, nonfinite
 from mmpeft.feature_store import FeatureStore
 from mmpeft.stopping import Stopped, worker_died
-from mmpeft.train import BridgeTrainer, train
+from mmpeft.tasks.messages import Messages
+from mmpeft.train import BridgeTrainer, differing, start_run_folder, total_steps, train
 
 from .conftest import assistant, user
 from .test_train import losses
@@ -129,6 +134,63 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-2"]
 
 
+def test_a_folder_is_never_lost_between_its_two_renames(tmp_path, monkeypatch):
+    path, rename = tmp_path / "best", Path.rename
+
+    def write(what):
+        with durable.whole_folder(path) as new:
+            (new / "a").write_text(what)
+
+    def renamed_but_new(self, target):
+        if self.parent.name == ".best.partial" and self.name == "best":
+            raise OSError(errno.EIO, "")
+        return rename(self, target)
+
+    write("1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renamed_but_new)
+        with pytest.raises(durable.NotWritten):
+            write("2")
+    assert (path / "a").read_text() == "1" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / ".best.partial").mkdir()
+    path.rename(tmp_path / ".best.partial" / "best.old")  # as a kill there leaves it
+    with pytest.raises(KeyError), durable.whole_folder(path):
+        raise KeyError
+    assert (path / "a").read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "run"
+    with (
+        pytest.raises(FileExistsError, match="run was made by another process meanwhile"),
+        durable.whole_folder(path, replace=False),
+    ):
+        path.mkdir()
+        (path / "metrics.jsonl").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
+    with pytest.raises(FileExistsError):
+        start_run_folder(path, "", None)
+    assert [file.name for file in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
+
+
+def test_no_folder_is_opened_where_the_system_refuses_that(tmp_path, monkeypatch):
+    """On Windows, where a file must be open for writing, besides."""
+    opened, open_ = [], os.open
+
+    def recorded(path, flags, *args, **kwargs):
+        if not Path(path).name.startswith(".") and flags in (os.O_RDONLY, os.O_RDWR):
+            opened.append((Path(path).name, flags))
+        return open_(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(durable, "_WINDOWS", True)
+    monkeypatch.setattr(os, "open", recorded)
+    with durable.whole_folder(tmp_path / "c") as new:
+        (new / "a").mkdir()
+        (new / "a" / "w").write_text("1")
+    assert opened == [("w", os.O_RDWR)]
+    assert list(json.loads((tmp_path / "c" / durable.CHECKSUMS).read_text())) == ["a/w"]
+
+
 def cut(path):
     os.truncate(path, path.stat().st_size - 1)
 
@@ -172,6 +234,7 @@ def checkpoint(folder, step):
 
 def test_the_last_good_checkpoint_is_found_and_torn_ones_are_named(tmp_path, capsys):
     assert durable.last_good(tmp_path / "none") is None
+    (tmp_path / "checkpoint-4-backup").mkdir()  # somebody's own
     for step in (2, 10, 12, 14):
         checkpoint(tmp_path, step)
     cut(tmp_path / "checkpoint-12" / "w")
@@ -190,12 +253,15 @@ def test_the_last_good_checkpoint_is_found_and_torn_ones_are_named(tmp_path, cap
 def test_old_checkpoints_go_only_when_there_is_a_good_new_one(tmp_path):
     for step in (2, 4, 6, 8):
         checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-4-backup").mkdir()
     cut(tmp_path / "checkpoint-8" / "w")
     assert durable.last_good(tmp_path).name == "checkpoint-6"
     assert (tmp_path / "torn-checkpoint-8").exists() and len(durable.checkpoints(tmp_path)) == 3
     checkpoint(tmp_path, 7)
     durable.prune(tmp_path, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-7"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-4-backup", "checkpoint-6", "checkpoint-7",
+    }  # fmt: skip
     durable.prune(tmp_path, None)
     assert len(durable.checkpoints(tmp_path)) == 2
 
@@ -236,7 +302,7 @@ def test_a_torn_bridge_is_refused_and_an_edited_one_says_what_to_do(tiny, tmp_pa
     mmpeft.load(tmp_path / "bridge")
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before(recipe, capsys):
+def test_a_torn_checkpoint_falls_back_to_the_one_before(recipe, capsys, monkeypatch):
     whole = train(recipe, [*SHORT, "--instruct.save_steps", "2"])
     with pytest.raises(Stopped):
         train(recipe, [*SHORT, "--instruct.save_steps", "2", *named(recipe, "torn")],
@@ -245,7 +311,10 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(recipe, capsys):
     folder = torn / "stages" / "instruct"
     assert [path.name for path in durable.checkpoints(folder)] == ["checkpoint-5", "checkpoint-4"]
     flip(folder / "checkpoint-5" / "optimizer.pt")
+    read, problem = [], durable.problem
+    monkeypatch.setattr(durable, "problem", lambda path: read.append(path.name) or problem(path))
     train(recipe, [*SHORT, "--instruct.save_steps", "2", *named(recipe, "torn")], resume=True)
+    assert read == ["checkpoint-5", "checkpoint-4"]  # each once: they may be large
     assert "checkpoint-5 is torn: optimizer.pt" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "checkpoint-6"}
     assert_same(torn, whole)
@@ -334,6 +403,41 @@ def test_a_dead_worker_ends_training_in_a_line_that_can_be_followed(recipe, caps
     assert_same(train(recipe, [*options, "0"], resume=True), whole)
 
 
+FAILING = """
+import sys
+from mmpeft.train import train
+from tests.test_durable import At
+
+def fail():
+    raise RuntimeError("CUDA out of memory")
+
+train(sys.argv[1], sys.argv[2:], callbacks=[At(2, fail)])
+"""
+
+
+def test_an_error_beside_workers_ends_the_process(recipe):
+    options = [*SHORT, "--instruct.dataloader_num_workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, str(recipe), *options],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 1 and "RuntimeError: CUDA out of memory\n" in done.stderr
+
+
+class Mistaken(Messages):
+    def messages(self, row):
+        if multiprocessing.parent_process() is not None:
+            return len(None)
+        return super().messages(row)
+
+
+def test_a_mistake_in_a_worker_is_no_dead_worker(recipe):
+    own = ["--data.task.class_path", "tests.test_durable.Mistaken"]
+    with pytest.raises(TypeError, match="has no len"):
+        train(recipe, [*SHORT, *own, "--instruct.dataloader_num_workers", "1"])
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("nth", [1, 9, 24])
 def test_a_full_disk_ends_training_with_the_run_intact(recipe, full, nth, monkeypatch):
     whole = train(recipe, SHORT)
@@ -357,11 +461,37 @@ def test_a_disk_full_under_torch_is_told_too(recipe, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(durable.NotWritten, match="-2 could not be written: .*pos 64"):
+        with pytest.raises(durable.NotWritten, match="-2 could not be written: .*pos 64 vs 0; "
+                           "with --resume, stage instruct begins"):  # fmt: skip
             train(recipe, SHORT)
         patch.setattr(durable, "_SPARE", float("inf"))
         with pytest.raises(durable.NotWritten, match="No space left on device. Make room"):
             train(recipe, SHORT, resume=True)
+    train(recipe, SHORT, resume=True)
+
+
+def test_only_a_full_disk_asks_for_room(recipe, monkeypatch):
+    def save(*args):
+        raise PermissionError(errno.EACCES, "")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(durable.NotWritten, match="written: Permission denied; with --resume, "):
+        train(recipe, SHORT)
+
+
+def test_a_disk_full_at_the_last_save_says_how_to_go_on(recipe, monkeypatch):
+    seal = durable.seal
+
+    def full(folder, *args):
+        if folder.name == "checkpoint":
+            raise OSError(errno.ENOSPC, "")
+        return seal(folder, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "seal", full)
+        with pytest.raises(durable.NotWritten, match="/checkpoint could not be written: No space "
+                           "left on device. Make room; with --resume, .* from step 6"):  # fmt: skip
+            train(recipe, SHORT)
     train(recipe, SHORT, resume=True)
 
 
@@ -410,11 +540,11 @@ def test_no_number_stops_training_and_keeps_the_rows(recipe, monkeypatch, what, 
         with pytest.raises(
             ValueError,
             match=rf"instruct, step 4: the {what} is (nan|inf); its "
-            r"rows are in .*/nonfinite_step_4.json. .*goes on from step 2",
+            r"rows are in .*/nonfinite_instruct_step_4.json. .*goes on from step 2",
         ):
             train(recipe, options)
     run = recipe.parent / "spoilt"
-    found = json.loads((run / "nonfinite_step_4.json").read_text())
+    found = json.loads((run / "nonfinite_instruct_step_4.json").read_text())
     assert (found["schema"], found["what"], found["step"]) == (nonfinite.SCHEMA, what, 4)
     assert found["weights_finite"] and len(found["rows"]) == 2 * batches
     for row in found["rows"]:
@@ -470,11 +600,67 @@ def test_features_are_on_disk_when_a_checkpoint_is(recipe, tmp_path, monkeypatch
 def test_what_no_loss_depends_on_may_change_when_a_run_goes_on(recipe):
     with pytest.raises(Stopped):
         train(recipe, SHORT, callbacks=[At(2, signalled(signal.SIGTERM))])
-    with pytest.raises(ValueError, match="another configuration: weight_decay differ"):
+    with pytest.raises(ValueError, match="another configuration: instruct.weight_decay differ"):
         train(
             recipe, [*SHORT, "--instruct.save_steps", "3", "--instruct.weight_decay", "0.1"], True
         )
     train(recipe, [*SHORT, "--instruct.save_steps", "3", "--instruct.save_total_limit", "1"], True)
+
+
+def test_values_that_changed_places_are_another_configuration(recipe):
+    rates = ["--align.connector_learning_rate", "0.1", "--instruct.connector_learning_rate", "0.2"]
+    short = ["--align.max_steps", "2", "--instruct.max_steps", "2"]
+    train(recipe, [*short, *rates])
+    rates[1::2] = rates[:0:-2]
+    with pytest.raises(ValueError, match="configuration: align.connector_learning_rate, "
+                       "instruct.connector_learning_rate differ"):  # fmt: skip
+        train(recipe, [*short, *rates], resume=True)
+
+
+def test_differences_are_named_by_where_they_are():
+    one = {"a": [{"w": 3, "save_steps": 1}, {"w": 1}], "b": {"c": 1, "d": None}}
+    two = {"a": [{"w": 1}, {"w": 3}], "b": {"c": 1}}
+    assert differing(one, two) == ["a.0.w", "a.1.w", "b.d"] and not differing(one, one)
+    assert differing(one, one | {"a": []}) == ["a"]
+
+
+def test_a_run_of_an_older_version_is_refused_and_left_alone(recipe):
+    with pytest.raises(Stopped):
+        train(recipe, SHORT, callbacks=[At(3, signalled(signal.SIGTERM))])
+    folder = recipe.parent / "run" / "stages" / "instruct"
+    for checkpoint in durable.checkpoints(folder):
+        (checkpoint / durable.CHECKSUMS).unlink()
+        (checkpoint / "complete").touch()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match="run was begun with an older mmpeft, .*; finish it with "):
+        train(recipe, SHORT, resume=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs", "steps"),
+    [(12, 5, 1, 3, 9), (12, 5, 2, 3, 6), (12, 2, 4, 2, 4), (12, 4, 1, 1.5, 5), (3, 8, 4, 2, 2)],
+)
+def test_a_stage_has_the_steps_that_trainer_makes(rows, batch, accumulation, epochs, steps):
+    stage = SimpleNamespace(
+        max_steps=-1, train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs, dataloader_drop_last=False,
+    )  # fmt: skip
+    assert total_steps(stage, rows) == steps
+
+
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, 9), (2, 6)])
+def test_the_last_step_of_a_stage_in_passes_is_made_when_it_goes_on(recipe, accumulation, steps):
+    """12 rows in batches of 5: the last of each pass, and of each step, is smaller."""
+    options = ["--align", "null", "--instruct.max_steps", "-1", "--instruct.num_train_epochs", "3",
+               "--instruct.per_device_train_batch_size", "5",
+               "--instruct.gradient_accumulation_steps", str(accumulation)]  # fmt: skip
+    whole = train(recipe, options)
+    assert len(losses(whole)) == steps
+    options += named(recipe, "stopped")
+    with pytest.raises(Stopped, match=f"from step {steps - 1}"):
+        train(recipe, options, callbacks=[At(steps - 1, signalled(signal.SIGTERM))])
+    assert_same(train(recipe, options, resume=True), whole)
 
 
 def test_a_sealed_folder_holds_what_safetensors_wrote(tmp_path):
@@ -497,3 +683,5 @@ def test_a_worker_gone_is_seen_behind_what_other_code_made_of_it():
     except KeyError as error:
         assert worker_died(error)
     assert not worker_died(RuntimeError("CUDA out of memory"))
+    caught = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")
+    assert not worker_died(caught)

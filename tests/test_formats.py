@@ -1,5 +1,7 @@
 """Data as people have it: what every form becomes, and one line for what cannot be used."""
 
+import base64
+import contextlib
 import http.server
 import io
 import json
@@ -9,6 +11,7 @@ import random
 import string
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import datasets
@@ -217,6 +220,12 @@ def test_what_cannot_be_told_is_named(columns, format, mapped, message):
         ({"image": "a.png", "images": ["a.png"], "caption": "x"}, {},
          "image and images could both be the image; choose one with columns"),
         ({"question": [], "answer": "x"}, {}, "question is empty; write a text"),
+        ({"messages": chat("q", "a"), "tools": [{"type": "function"}]}, {}, "tools would not be"),
+        ({"conversations": TALK[1:], "tools": '[{"name": "f"}]'}, {}, "tools would not be learned"),
+        ({"messages": chat("<image>?", "a"), "images": ["a.png"]}, {},
+         "set format: llava, columns: {conversations: messages}"),
+        ({"messages": chat([{"type": "image", "base64": "YQ==", "image": "a.png"}], "a")}, {},
+         r"content\[0\] has image and base64; keep one"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_field_with_a_remedy(jsonl, row, options, message):
@@ -227,6 +236,46 @@ def test_a_bad_row_is_named_by_field_with_a_remedy(jsonl, row, options, message)
     refusal(lambda: rows[0])
     ((index, found),) = rows.scan()
     assert index == 0 and str(found) == str(error.value)
+
+
+def test_the_form_of_llama_factory_is_read_as_the_remedy_says(jsonl):
+    row = {"messages": chat("<image>\nWhat?", "a"), "images": ["a.png"]}
+    path = jsonl([row])
+    (row,) = open_rows(path, format="llava", columns={"conversations": "messages"})
+    assert row["messages"][0]["content"] == [image(f"{path.parent}/a.png"), text("What?")]
+
+
+def test_what_a_turn_has_beside_its_words_is_not_lost_on_the_way(jsonl):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+    (messages,) = rows_of(jsonl, [{"conversations": turns}])
+    assert messages[1]["weight"] == 0  # for ``chat_problems`` to refuse
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("<image>\nWhat?", [None, "What?"]),
+        ("<image>\r\nWhat?", [None, "What?"]),
+        ("<image><image>\nWhat?", [None, None, "What?"]),
+        ("<image>\n<image>\nWhat?", [None, None, "What?"]),
+        ("What?\n<image>", ["What?", None]),
+        ("What?\r\n<image>", ["What?", None]),
+        ("See\n<image>\nhere", ["See\n", None, "here"]),
+        ("One: <image>\nTwo: <image>\nWhich?", ["One: ", None, "\nTwo: ", None, "\nWhich?"]),
+    ],
+)
+def test_only_the_break_that_sets_a_mark_off_belongs_to_it(jsonl, words, expected):
+    turns = [{"from": "human", "value": words}, {"from": "gpt", "value": "a"}]
+    (messages,) = rows_of(
+        jsonl, [{"conversations": turns, "images": ["a.png"] * words.count("<image>")}]
+    )
+    assert [part.get("text") for part in messages[0]["content"]] == expected
+
+
+def test_bytes_in_json_are_base64(jsonl):
+    data = base64.b64encode(png()).decode()
+    (messages,) = rows_of(jsonl, [{"image": {"bytes": data, "path": "a.png"}, "caption": "x"}])
+    assert load_image(messages[0]["content"][0]["image"]).size == (8, 6)
 
 
 def test_a_later_list_is_named(jsonl):
@@ -401,6 +450,9 @@ def test_the_elements_of_a_list_are_those_that_json_reads(tmp_path, monkeypatch,
         ('[{"a": 1}] [{"a": 1}]', "is not one JSON list"),
         ('[{"a": 1}]]', "is not one JSON list"),
         ('[{"a": 1}] x', "is cut|is not one"),
+        # the rows up to the next quote that is too many would be one
+        ('[{"a": "x"}, {"a": "open}, {"a": "y"}, {"a": "\\"z"}]', "row 2 has .*outside of quotes"),
+        ('[{"a": nope}]', "row 1 has 'op.*outside of quotes"),
     ],
 )
 def test_a_broken_list_is_named(tmp_path, data, message):
@@ -433,6 +485,36 @@ def test_json_that_would_lose_something_is_refused(jsonl, line, message):
     assert [type(row) for _, row in rows.scan()] == [dict, RowError, dict]
 
 
+def test_an_element_without_end_is_not_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmpeft.formats.json_array.LONGEST", 1000)
+    monkeypatch.setattr("mmpeft.formats.json_array.BLOCK", 10)
+    path = tmp_path / "data.json"
+    reads = []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
+    for element in ('{"a": "open' + "x" * 10**5, json.dumps({"a": [1] * 10**4})):
+        path.write_text('[{"a": "b"}, ' + element + "]")
+        with pytest.raises(ValueError, match="row 2 is longer than 0 MB, or has a quote"):
+            open_rows(path)
+    monkeypatch.setattr("mmpeft.formats.json_array.LONGEST", 10**9)
+    path.write_text(json.dumps([{"question": "x" * 10**5, "answer": "a"}]))
+    monkeypatch.setattr(Path, "open", lambda self, mode: Counted(self))
+    assert len(JsonArray(path, None)) == 1
+    assert len(reads) < 20 and sum(reads) < 10**6  # every read doubles what is looked through
+
+
+def test_one_object_over_several_lines_is_named(jsonl):
+    path = jsonl([])
+    path.write_text(json.dumps({"question": "q", "answer": "a"}, indent=2))
+    assert "line 1: not JSON in one line (here begins an object over" in refusal(
+        lambda: open_rows(path)
+    )
+
+
 def test_a_whole_surrogate_pair_is_a_character(jsonl):
     path = jsonl([])
     path.write_text('{"question": "\\ud83d\\ude42", "answer": "a"}\n')
@@ -460,8 +542,9 @@ def test_the_format_is_that_of_the_first_good_row(jsonl):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"question,answer\na,b,c\n", "cannot be read as csv .*header"),
-        (b"question,answer\na,b\na,b,c\n", "cannot be read as csv .*3|cannot be .*header"),
+        (b"question,answer\na,b,c\n", "line 2: has 3 fields, the header names 2 columns"),
+        (b'question,answer\n"a\n\nb",b\n\na,b,c\n', "line 6: has 3 fields"),
+        (b"question,answer,image\nq,a,\nq,a\n", "line 3: has 2 fields, the header names 3"),
         (b"question,question\na,b\n", "the header is 'question', 'question'; name every"),
         (b"", "the header is missing"),
         (b"question,answer\n", "has no rows"),
@@ -482,6 +565,20 @@ def test_a_table_in_text_is_read_to_the_letter(tmp_path):
     rows = open_rows(path)
     assert rows[0]["messages"] == chat("1.10", " null ")
     assert "row 2: question is missing" in refusal(lambda: rows[1])
+
+
+def test_blank_lines_and_long_fields_of_a_table_are_fine(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("question,answer\n\nq,a\n  \n" + "x" * 200_000 + ",a\n\n")
+    assert [len(row["messages"][0]["content"]) for row in open_rows(path)] == [1, 200_000]
+
+
+def test_other_files_of_a_shard_are_columns(tmp_path):
+    files = [("0.png", png()), ("0.cls", b"cat"), ("0.npy", b"\x93NUMPY\xff")]
+    path = write_tar(tmp_path / "a.tar", files)
+    assert "it has cls, npy, image" in refusal(lambda: open_rows(path))
+    (row,) = open_rows(path, columns={"caption": "cls"})
+    assert row["messages"][1]["content"] == "cat"
 
 
 def test_shards_keep_what_the_first_samples_lack(tmp_path):
@@ -568,6 +665,18 @@ def test_a_column_says_which_rows_belong_to_a_split(jsonl):
     assert "has train (2), test (1)" in refusal(lambda: open_rows(path, "validation")).replace(
         "validation (1), ", "")  # fmt: skip
     assert open_rows(path, "test")[1]["where"].endswith("line 3")
+
+
+@pytest.mark.parametrize("values", [[0, 1, 0], [True, False, True], [None, "x", None]])
+def test_a_split_may_be_any_value(jsonl, monkeypatch, values):
+    rows = [{"question": f"{n}", "answer": "a", "split": v} for n, v in enumerate(values)]
+    path = f"{jsonl(rows)}#{values[0]}"
+    assert [row["messages"][0]["content"] for row in open_rows(path)] == ["0", "2"]
+    data = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: [str(values[0])])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    stream = open_stream("owner/name", str(values[0]))
+    assert [row["messages"][0]["content"] for row in stream] == ["0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -748,8 +857,23 @@ def server(monkeypatch):
             server.asked.append(self.path)
             if self.path == "/none.png":
                 return self.send_error(404)
-            self.send_response(200)
+            if self.path == "/no-http":
+                return self.wfile.write(b"what?\r\n\r\n")
+            self.send_response(302 if self.path == "/away" else 200)
+            if self.path == "/away":
+                self.send_header("Location", "ftp://127.0.0.1:1/a.png")
+            if self.path == "/short.png":
+                self.send_header("Content-Length", "9999")
             self.end_headers()
+            if self.path in ("/slow", "/short.png"):
+                self.wfile.write(png()[:40])
+                with contextlib.suppress(OSError):  # once nobody listens
+                    for server.dripped in range(100 if self.path == "/slow" else 0):
+                        self.wfile.write(b"x")
+                        time.sleep(0.05)
+                return None
+            if self.path == "/cut.png":
+                return self.wfile.write(png()[:45])
             self.wfile.write(png() if self.path == "/a.png" else b"x" * 200_000)
 
         def log_message(self, *_):
@@ -757,7 +881,7 @@ def server(monkeypatch):
 
     monkeypatch.setenv("no_proxy", "*")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.dripped, server.url = [], 0, f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -782,6 +906,29 @@ def test_an_address_that_cannot_be_fetched_is_named(server, jsonl, monkeypatch, 
     assert "cannot be fetched (HTTP Error 404" in refusal(lambda: rows[0])
     assert "MB)" in refusal(lambda: rows[1])
     assert not list((tmp_path / "home").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short.png", "it broke off after 40 bytes"),
+        ("page.html", "what it serves is not an image"),
+        ("cut.png", "what it serves is truncated or damaged"),
+        ("no-http", "what?"),
+        ("a b", "URL can't contain control characters"),
+        ("away", "it leads to 'ftp://127.0.0.1:1/a.png'"),
+        ("slow", "not done within 0.5 seconds"),
+    ],
+)
+def test_what_is_no_whole_picture_is_not_kept(server, jsonl, monkeypatch, tmp_path, name, message):
+    monkeypatch.setattr(p, "TIMEOUT", 0.5)
+    url = f"{server.url}/{name}"
+    rows = open_rows(jsonl([{"image": url, "caption": "x"}]), allow_urls=True)
+    for _ in range(2):
+        said = refusal(lambda: rows[0])
+        assert message in said and url in said
+    assert not list((tmp_path / "home" / "urls").iterdir())
+    assert server.dripped < 99  # it is not waited for the end
 
 
 # ----------------------------------------------------------------------------------- as a task

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import pytest
 from PIL import ExifTags, Image
@@ -74,6 +76,55 @@ def test_truncated_jpeg(tmp_path):
     path.write_bytes(png(noise, format="JPEG")[:2000])
     with pytest.raises(ValueError, match=r"cut.jpg is truncated or damaged"):
         load_image(path)
+
+
+def png_with(name, content, check=None):
+    """A PNG with one more chunk behind its header."""
+    data = png(Image.new("RGB", (8, 6), "red"))
+    check = zlib.crc32(name + content) if check is None else check
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+    return data[:33] + chunk + data[33:]
+
+
+LONG = zlib.compress(b"x" * (2 << 20))
+
+
+@pytest.mark.parametrize("chunk", [(b"zTXt", b"k\0\0" + LONG), (b"iTXt", b"k\0\1\0\0\0" + LONG)])
+def test_metadata_that_cannot_be_read_is_not_called_damage(chunk):
+    for read in (load_image, image_size):
+        with pytest.raises(ValueError, match="image: its metadata cannot be read .*save it with"):
+            read(png_with(*chunk))
+
+
+def test_broken_exif_turns_no_picture():
+    for read in (load_image, image_size):
+        read(png_with(b"eXIf", b"junk"))
+    own = Image.open(io.BytesIO(png_with(b"eXIf", b"junk")))
+    assert load_image(own).size == (8, 6) and own.info["exif"]
+
+
+def test_a_damaged_file_is_said_to_be_one():
+    with pytest.raises(ValueError, match="truncated or damaged .it begins like PNG.; replace"):
+        load_image(png_with(b"tEXt", b"a\0b", check=0))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_the_image_of_the_caller_is_never_changed(mode, kind):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((8, 6)).convert(mode).save(file, kind, exif=exif)
+    own = Image.open(file)
+    own.load()
+    before, info = own.tobytes(), dict(own.info)
+    loaded = load_image(own)
+    assert own.tobytes() == before and own.info == info
+    assert loaded.size == (6, 8) and type(loaded) is Image.Image and not loaded.info
+    read = load_image(file.getvalue())
+    assert read == loaded and not read.getexif()
+    loaded.paste("white", (0, 0, 6, 8))
+    assert own.tobytes() == before
 
 
 def test_bomb(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,26 @@ def test_stage_align_takes_only_sources_with_pictures(recipe, jsonl, capsys):
     assert instruct.startswith("mixture: 17 samples a pass") and instruct.count(" rows") == 2
 
 
+def test_a_source_is_looked_through_for_pictures_once(recipe, jsonl, monkeypatch):
+    from mmpeft.train import build
+    from mmpeft.training_data import TrainingData
+
+    looked, pictures = Counter(), ConversationDataset.pictures
+
+    def counted(self, index):
+        looked[Path(self.task.train).name, index] += 1
+        return pictures(self, index)
+
+    monkeypatch.setattr(ConversationDataset, "pictures", counted)
+    parsed, _ = config.load(mixed_recipe(recipe, jsonl))
+    TrainingData.load(*build(parsed), parsed)
+    assert looked == {("data.jsonl", 0): 1} | {("words.jsonl", i): 1 for i in range(5)}
+    looked.clear()
+    parsed, _ = config.load(recipe, ["--align", "null"])  # in which one of both is enough
+    TrainingData.load(*build(parsed), parsed)
+    assert looked == {("data.jsonl", 0): 1}
+
+
 def test_a_batch_of_text_alone_teaches_a_connector_nothing_and_stops_nothing(recipe, jsonl):
     """Stage align, whose batches of one sample are of pictures or of text."""
     data = recipe.parent / "data.jsonl"
@@ -241,6 +262,6 @@ def test_held_out_rows_are_in_no_mixture(recipe, jsonl):
     seeing, words = data.instruct.datasets
     assert seeing is data.vision and len(seeing.held_out) == 4 and words.held_out == []
     assert len(seeing) == 8 and len(words) == 5 and isinstance(words.task, Messages)
-    assert {index for number, index in map(data.instruct.place, range(13)) if number == 0} <= set(
-        range(16)
-    )
+    every = map(data.instruct.place, range(3 * len(data.instruct)))
+    rows = {row for number, index in every if number == 0 for row in seeing.samples[index % 8]}
+    assert rows == set(range(12)) - set(seeing.held_out)

@@ -1,6 +1,7 @@
 """``model.rank: auto``: halving and the choice by hand, the search end to end, resuming."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 from mmpeft import config, rank
 from mmpeft.config import RankSearchConfig
+from mmpeft.stopping import Stopped
 from mmpeft.train import train
+
+from .test_durable import At, signalled
 
 AUTO = ["--model.rank", "auto", "--rank_search.candidates", "[1, 2, 4]",
         "--rank_search.steps", "4", "--rank_search.validation", "4"]  # fmt: skip
@@ -140,6 +144,14 @@ def test_the_rank_is_found_before_instruct_and_the_connector_left_alone(recipe, 
         for path in (run, plain)
     ]  # fmt: skip
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def test_a_search_that_is_stopped_says_that_it_begins_anew(recipe, monkeypatch):
+    """No step of a candidate is one that the stage goes on from."""
+    stop = At(2, signalled(signal.SIGTERM)).on_step_begin
+    monkeypatch.setattr("mmpeft.train.MetricsFile.on_step_begin", stop)
+    with pytest.raises(Stopped, match="^with --resume, the search for a rank begins anew.$"):
+        train(recipe, [*AUTO, "--align", "null"])
 
 
 def test_a_resumed_run_keeps_the_rank_it_found(recipe, monkeypatch):

@@ -1,5 +1,6 @@
 """A chat as the model sees it: its tokens as text again, told apart by what becomes of them."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from mmpeft.data_check.scan import encode
@@ -13,7 +14,7 @@ KINDS = {  # of tokens
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of one kind, see ``KINDS``.
+    """Neighbouring tokens of one kind, see ``KINDS``; every picture is a run of its own.
 
     Attributes:
         text: what they spell, special tokens included; empty for a picture.
@@ -45,14 +46,16 @@ def sample(processor, row: dict) -> Sample:
 
 def token_runs(processor, messages: list[dict]) -> list[Run]:
     """The tokens of a chat, from the first to the last; their texts joined are the whole text."""
-    row = encode(processor, messages)
+    row, shown = encode(processor, messages)
     kinds = [
         "image" if is_image else "read" if label == -100 else "learned"
         for is_image, label in zip(row["mm_token_type_ids"], row["labels"], strict=True)
     ]
-    ends = [n for n in range(1, len(kinds)) if kinds[n] != kinds[n - 1]] + [len(kinds)]
+    ends = {n for n in range(1, len(kinds)) if kinds[n] != kinds[n - 1]} | {len(kinds)}
+    places = [n for n, kind in enumerate(kinds, 1) if kind == "image"]
+    ends.update(places[n - 1] for n in accumulate(processor._counts(shown)))
     found, words, before, start = [], [], "", 0
-    for end in ends:
+    for end in sorted(ends):
         text = ""
         if kinds[start] != "image":
             # decoded behind all that stands before: alone, some tokenizers drop a first space

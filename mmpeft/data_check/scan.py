@@ -1,5 +1,6 @@
 """A range of rows, each read once: what is wrong with it, and its figures as small arrays."""
 
+import json
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -125,21 +126,22 @@ def scan(rows, start: int, stop: int, processor=None, questions=False, limit: in
     return found
 
 
-def encode(processor, messages: list[dict]) -> dict[str, list[int]]:
-    """A chat as training has it: ``input_ids``, ``mm_token_type_ids`` and ``labels``, (T) each."""
+def encode(processor, messages: list[dict]) -> tuple[dict[str, list[int]], list]:
+    """A chat as training has it: ``input_ids``, ``mm_token_type_ids`` and ``labels``, (T) each; and
+    its pictures, unread."""
     from mmpeft.data import leave_open
 
-    encoded, _ = processor.encode_chat(messages)
+    encoded, shown = processor.encode_chat(messages)
     if messages[-1].get("unfinished"):
         leave_open(encoded["labels"], processor.tokenizer)
-    return encoded
+    return encoded, shown
 
 
 def lengths(processor, messages: list[dict]) -> tuple[int, int, Problem | None]:
     """Tokens of a chat (those of pictures included), how many of them are learned; and if -1 or
     none are, why."""
     try:
-        labels = encode(processor, messages)["labels"]
+        labels = encode(processor, messages)[0]["labels"]
     except (ValueError, OSError) as error:
         told = problem_of(error, "messages", "take the row out")
         return -1, -1, told._replace(problem=f"cannot be used: {told.problem}")
@@ -159,6 +161,9 @@ def digest(messages: list[dict], pictures: list[int]) -> tuple[int, int]:
     said, characters = list(map(str, pictures)), 0
     for message in messages:
         said.append(message["role"])
+        others = {key: one for key, one in message.items() if key not in ("role", "content")}
+        if others:
+            said.append(json.dumps(others, sort_keys=True, default=repr))
         for part in parts(message):
             if part["type"] == "text":
                 text = part["text"]

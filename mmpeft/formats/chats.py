@@ -3,11 +3,13 @@
 
 import re
 
+from mmpeft.checks import ASIDE
 from mmpeft.formats.pictures import shown
 
 IMAGE_MARK = "<image>"
-# the line break that sets a mark off from the words belongs to the mark
-_MARK = re.compile(r"(<image>\n|\n<image>\Z|<image>)")
+# the line break that sets marks off from the words: behind a line of marks, or before the last one
+_BREAK = re.compile(r"(?<![^\n])((?:<image>)+)\r?\n|\r?\n((?:<image>)+)\Z")
+_BESIDE = (*ASIDE, "weight", "train", "unfinished")  # fields of a turn that are judged later
 
 _FROM_VALUE = ("from", "value")
 SPEAKERS = {
@@ -18,6 +20,7 @@ SPEAKERS = {
 
 def from_messages(row) -> list[dict]:
     """``messages``: role and content, a text or typed parts; ``image(s)`` for parts without one."""
+    _refuse_tools(row)
     chat, given = [], row.pictures()
     waiting = iter(given)
     marks = 0
@@ -44,12 +47,26 @@ def from_messages(row) -> list[dict]:
             message["content"] = parts
         chat.append(message)
     if marks != len(given):
+        remedy = "give one for each part"
+        texts = [said["content"] for said in chat if isinstance(said.get("content"), str)]
+        if any(IMAGE_MARK in text for text in texts):
+            name = row.column("messages")
+            remedy += f", or if {IMAGE_MARK} stands for one, set format: llava, "
+            remedy += f"columns: {{conversations: {name}}}"
         raise row.error(
             row.image_column or "images",
             f"has {len(given)} images for {marks} image parts without one in the messages",
-            "give one for each part",
+            remedy,
         )
     return chat
+
+
+def _refuse_tools(row) -> None:
+    """No template is told of tools while training, so an answer would call what nobody named."""
+    for name in ("tools", "functions"):
+        if row.data.get(name) not in (None, [], {}, "", "[]", "null"):
+            remedy = "write them into the system message, or take the column out"
+            raise row.error(name, "would not be learned from: tools are not written out", remedy)
 
 
 def _part(row, part: dict, at: str) -> dict:
@@ -62,6 +79,9 @@ def _part(row, part: dict, at: str) -> dict:
         kind = "image"
     if kind not in ("image", "video"):
         return part
+    sources = [key for key in (kind, "base64", "path", "url") if key in part]
+    if len(sources) > 1:
+        raise row.error(at, f"has {' and '.join(sources)}", "keep one of them")
     if "base64" in part:
         part[kind] = f"data:;base64,{part.pop('base64')}"
     for other in ("path", "url"):  # as transformers also writes it
@@ -78,6 +98,7 @@ def from_conversations(row) -> list[dict]:
     Only what the user, the system or a tool says is searched for marks; what the assistant says
     are words.
     """
+    _refuse_tools(row)
     given, marks, chat = row.pictures(), 0, []
     if row.data.get("system"):
         chat.append({"role": "system", "content": row.text("system")})
@@ -94,7 +115,9 @@ def from_conversations(row) -> list[dict]:
         if not isinstance(text, str):
             problem = "is missing" if text is None else f"is a {type(text).__name__}, no text"
             raise row.error(f"{at}.{said}", problem, "write a text")
-        pieces = [text] if role == "assistant" else _MARK.split(text)
+        pieces = [text]
+        if role != "assistant":
+            pieces = re.split(f"({IMAGE_MARK})", _BREAK.sub(r"\1\2", text))
         marks += len(pieces) // 2  # by turns words and marks
         if len(pieces) > 1:
             text = []
@@ -103,7 +126,8 @@ def from_conversations(row) -> list[dict]:
                     text.append({"type": "image", "image": None})
                 elif piece:
                     text.append({"type": "text", "text": piece})
-        chat.append({"role": role, "content": text})
+        beside = {key: turn[key] for key in _BESIDE if turn.get(key) is not None}
+        chat.append({"role": role, "content": text} | beside)
     if marks != len(given):
         raise row.error(
             row.image_column or "image",

@@ -19,7 +19,7 @@ class Chosen(Sequence):
             bad = isinstance(row, RowError)
             if not bad:
                 found[str(row.get(column))] += 1
-            if bad or row.get(column) == split:
+            if bad or str(row.get(column)) == split:
                 self._chosen.append(index)
         if split not in found:
             counts = ", ".join(f"{value} ({count})" for value, count in found.most_common(10))

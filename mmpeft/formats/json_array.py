@@ -6,8 +6,14 @@ from pathlib import Path
 
 from mmpeft.jsonl import BLOCK, FileRows
 
-# up to the next bracket outside a text; possessive, so that it never goes back
-BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
+LONGEST = 1 << 28  # bytes of an element
+# up to the next bracket outside a text, or to what may not stand there: it would be behind a quote
+# that is missing, and rows could not be told apart. Possessive, so that it never goes back.
+BRACKET = re.compile(
+    rb'(?:[\s,:0-9.+\-eEtrufalsnNIity]++|"(?:[^"\\]++|\\.)*+")*+'
+    rb'([^\s,:0-9.+\-eEtrufalsnNIity"])',
+    re.DOTALL,
+)
 BEFORE = {True: re.compile(rb"\s*\Z"), False: re.compile(rb"\s*,\s*\Z")}  # the first, any other
 
 
@@ -15,13 +21,14 @@ class JsonArray(FileRows):
     """The objects in the list, found by counting brackets, parsed on access.
 
     Raises:
-        ValueError: the file is no list of objects, or ends within one.
+        ValueError: the file is no list of objects, ends within one, has words outside of quotes, or
+            an element of more than ``LONGEST`` bytes.
     """
 
     def _find(self, file, bar):
         places = array("q")  # offsets in bytes of start and end, by turns
         depth, buffer, offset = 0, b"", file.tell()  # ``offset``: where the buffer starts
-        while chunk := file.read(BLOCK):
+        while chunk := file.read(max(BLOCK, len(buffer))):  # linear, however long a text is
             bar.update(len(chunk))
             buffer += chunk
             position = 0
@@ -30,6 +37,11 @@ class JsonArray(FileRows):
                 if depth == 0:
                     if places or bracket != b"[" or buffer[position:here].strip():
                         raise self._broken(places, "is not one JSON list")
+                elif bracket not in b"[]{}":
+                    words = buffer[here : here + 20].decode("utf-8", "replace")
+                    problem = f"has {words!r} outside of quotes, so that it is not clear where it "
+                    problem += "ends, and the rows behind it cannot be read either"
+                    raise self._broken(places, problem)
                 elif depth == 1 and bracket == b"{":
                     if not BEFORE[not places].match(buffer, position, here):
                         raise self._broken(places, "has no single comma before it")
@@ -43,6 +55,9 @@ class JsonArray(FileRows):
                     places.append(offset + found.end())
                 position = found.end()
             buffer, offset = buffer[position:], offset + position
+            if offset + len(buffer) - (places[-1] if places else 0) > LONGEST:
+                raise self._broken(places, f"is longer than {LONGEST >> 20} MB, or has a quote "
+                                   "that is never closed")  # fmt: skip
         if depth or buffer.strip():
             raise self._broken(places, "is cut: the file ends before the list does")
         return places

@@ -38,7 +38,10 @@ def _parse(path: Path, number: int, text: str, unit: str, remedy: str) -> dict:
         raise wrong(problem, "write the character itself, or both halves") from None
     except RecursionError:
         raise wrong("not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:  # no JSON, or a number of thousands of digits
+    except ValueError as error:
+        if text.strip() == "{":
+            raise wrong("not JSON in one line (here begins an object over several lines)") from None
+        # no JSON, or a number of thousands of digits
         raise wrong(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise wrong(f"a JSON {type(row).__name__}, no object") from None

@@ -4,12 +4,15 @@ import functools
 import hashlib
 import os
 import time
+import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from PIL import Image
 
 from mmpeft.cache import cache_home
+from mmpeft.images import check_image
 
 TIMEOUT = 30  # seconds for a whole picture from the web
 MAX_BYTES = 64 << 20  # of one picture from the web
@@ -40,7 +43,9 @@ class Pictures:
             ValueError: ``(problem, remedy)``.
         """
         if isinstance(source, dict) and set(source) <= {"bytes", "path"}:  # as ``datasets`` has it
-            source = source.get("bytes") or source.get("path")
+            data = source.get("bytes") or None
+            # JSON has no bytes, only their base64
+            source = f"data:;base64,{data}" if isinstance(data, str) else data or source.get("path")
         if isinstance(source, (bytes, Image.Image)):
             return source
         if isinstance(source, os.PathLike):
@@ -75,12 +80,14 @@ class Pictures:
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             try:
-                partial.write_bytes(download(url))
+                data = download(url)
+                check_image(data, "what it serves")
+                partial.write_bytes(data)
                 os.replace(partial, path)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 partial.unlink(missing_ok=True)
                 raise ValueError(
-                    f"is {shown(url)}, which cannot be fetched ({error})",
+                    f"is {shown(url)}, which cannot be fetched ({str(error).rstrip('.')})",
                     "try again, or give a file",
                 ) from None
         return str(path)
@@ -102,20 +109,29 @@ def download(url: str) -> bytes:
     """What an address serves, of at most ``MAX_BYTES`` and within ``TIMEOUT``.
 
     Raises:
-        OSError: it cannot be reached in time.
-        ValueError: it is too large.
+        OSError, HTTPException: it cannot be reached in time, or leads to what is not the web.
+        ValueError: it is too large, or ends too early.
     """
     start, chunks, size = time.monotonic(), [], 0
     asked = urllib.request.Request(url, headers={"User-Agent": "mmpeft"})
-    with urllib.request.urlopen(asked, timeout=TIMEOUT) as reply:
-        while chunk := reply.read(1 << 16):
+    with urllib.request.build_opener(_StayOnTheWeb).open(asked, timeout=TIMEOUT) as reply:
+        while chunk := reply.read1(1 << 16):  # ``read`` would wait until it has them all
             chunks.append(chunk)
             size += len(chunk)
             if size > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MB")
             if time.monotonic() - start > TIMEOUT:
                 raise TimeoutError(f"not done within {TIMEOUT} seconds")
+        if reply.length:  # that were announced and never came
+            raise ValueError(f"it broke off after {size:,} bytes, {reply.length:,} early")
     return b"".join(chunks)
+
+
+class _StayOnTheWeb(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.lower().startswith(WEB):
+            raise urllib.error.URLError(f"it leads to {shown(newurl)}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def shown(text: str) -> str:

@@ -23,7 +23,8 @@ from mmpeft.jsonl import SILENT, list_lengths
 
 class Shards(Sequence):
     """Samples as rows: the fields of a ``.json``, the words of a ``.txt`` as ``caption``, pictures
-    as ``image`` (in place of what the fields call so) or, if there are several, ``images``.
+    as ``image`` (in place of what the fields call so) or, if there are several, ``images``. Any
+    other file is a column by its ending: its words, or its bytes if it is no UTF-8.
 
     Args:
         paths: tar files, not compressed.
@@ -64,18 +65,22 @@ class Shards(Sequence):
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
         files = self._files(index)
-        row, words, pictures = {}, None, {}
+        row, others, pictures = {}, {}, {}
         for kind, data in files.items():
             if kind == "json":
                 row = json_text.element(self.file, index + 1, self._text(index, kind, data))
             elif kind == "txt":
-                words = self._text(index, kind, data)
+                others["caption"] = self._text(index, kind, data)
             elif os.path.splitext(f"x.{kind}")[1] in Image.EXTENSION:
                 pictures[kind] = data
-        if words is not None:
-            if row.get("caption", words) not in (None, words):
-                raise self._wrong(index, "caption", "of .json and .txt differ", "keep one of them")
-            row["caption"] = words
+            else:
+                others.setdefault(kind, _text_or_bytes(data))
+        for name, value in others.items():
+            if row.get(name, value) not in (None, value):
+                ending = "txt" if name == "caption" else name
+                problem = f"of .json and .{ending} differ"
+                raise self._wrong(index, name, problem, "keep one of them")
+            row[name] = value
         if pictures:
             row = {key: value for key, value in row.items() if key not in NAMES["image"]}
             several = [pictures[kind] for kind in sorted(pictures)]
@@ -111,6 +116,13 @@ class Shards(Sequence):
 
     def _wrong(self, index: int, field: str, problem: str, remedy: str) -> RowError:
         return RowError(self.file, index + 1, field, problem, remedy)
+
+
+def _text_or_bytes(data: bytes) -> str | bytes:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:

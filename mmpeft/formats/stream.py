@@ -117,7 +117,8 @@ class Remote:
         while wanted and (data := self._next()) is not None:
             number, self._read = self._read, self._read + 1
             data = named(self._data.features, data)
-            if self._column is not None and data.get(self._column) != self._split:
+            chosen = None in (self._column, self._split)
+            if not chosen and str(data.get(self._column)) != self._split:
                 continue
             wanted -= 1
             for row in self._rows.entries(data, number, self._given):

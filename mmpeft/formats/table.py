@@ -98,11 +98,16 @@ def scan(rows, start: int, stop: int) -> Iterator[dict | RowError]:
 
 def read_csv(path: Path, file: str, separator: str) -> Table:
     """A table in text with a header, every field as it is written: no number, no null."""
+    limit = csv.field_size_limit(2**31 - 1)  # fields may hold pictures
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            header = next(csv.reader(lines, delimiter=separator), [])
+            table = csv.reader(lines, delimiter=separator)
+            header = next(table, [])
+            _check_widths(table, file, len(header))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: no table in UTF-8 ({one_line(str(error))}).") from None
+    finally:
+        csv.field_size_limit(limit)
     if len(set(header)) < len(header) or not header or not all(header):
         raise ValueError(
             f"{file}: the header is {', '.join(map(repr, header)) or 'missing'}; name every "
@@ -114,6 +119,18 @@ def read_csv(path: Path, file: str, separator: str) -> Table:
         data = _load(file, "csv", path, features=features, sep=separator, keep_default_na=False,
                      na_filter=False, index_col=False, encoding="utf-8-sig")  # fmt: skip
     return Table(data, file, path.parent, empty_is_null=True)
+
+
+def _check_widths(table, file: str, width: int) -> None:
+    """Every row has ``width`` fields; ``datasets`` would fill up a shorter one."""
+    line = table.line_num
+    for fields in table:
+        blank = len(fields) < 2 and not "".join(fields).strip()
+        if len(fields) != width and not blank:
+            problem = f"has {len(fields)} fields, the header names {width} columns"
+            remedy = "write every separator, and quotes around a text that holds one"
+            raise RowError(file, line + 1, "", problem, remedy, "line")
+        line = table.line_num
 
 
 def read_tables(kind: str, paths: list[Path], file: str) -> Table:

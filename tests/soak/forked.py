@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 POLL = 0.001  # s
 
@@ -35,6 +37,7 @@ class Child:
             os.dup2(stream, 1)
             os.dup2(stream, 2)
             torch.set_num_threads(1)  # a thread pool does not live on in a fork
+            tqdm.set_lock(threading.RLock())  # else all share one, and one that dies may hold it
             before()
             work()
             code = 0

@@ -73,10 +73,9 @@ def whole(folder: Path) -> None:
 
 
 def halves(since: float, *folders: Path) -> bool:
-    for path in (path for folder in folders for path in folder.rglob("*.partial")):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime >= since:
-                return True
+    with suppress(FileNotFoundError):  # it became whole, or was removed, while we looked
+        paths = (path for folder in folders for path in folder.rglob("*.partial"))
+        return any(path.stat().st_mtime >= since for path in paths)
     return False
 
 

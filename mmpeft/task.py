@@ -32,7 +32,8 @@ class Task:
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"  # what :meth:`score` is of a reply
     max_new_tokens: ClassVar[int] = 32
-    streaming: ClassVar[bool] = False  # what is trained on comes by :meth:`stream`, not ``rows``
+    # where on, rows to train on come by :meth:`stream`; no ClassVar, which would order fields
+    streaming = False
 
     def rows(self, split: str) -> Sequence[dict]:
         """All rows of ``"train"`` or ``"test"``, in a fixed order."""

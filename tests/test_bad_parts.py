@@ -19,7 +19,7 @@ VISION = "--model.vision_encoder.init_args"
         ([f"{VISION}.image_size", "100"], ["100 x 100", "multiples of 16", "96 x 96"]),
         (["--model.resolution.max_image_tokens", "9"],
          ["max_image_tokens is 9", "smallest image takes 16 tokens"]),
-        (["--model.resolution.mode", "tiled"], ["'fixed', 'tiles', 'native'", "tiled"]),
+        (["--model.resolution.mode", "tiled"], ["fixed, tiles or native", "tiled"]),
         (["--model.resolution.max_image_tokns", "9"], ["max_image_tokns", "Did you mean"]),
         (["--model.resolution.max_image_token", "9"], ["max_image_token'", "Did you mean"]),
         (["--model.max_image_tokens", "9"], ["Did you mean 'model.resolution.max_image_tokens'"]),

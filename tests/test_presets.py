@@ -18,7 +18,7 @@ from mmpeft import cli, config
 from .conftest import assistant
 
 CONFIGS = Path(str(files("mmpeft.configs")))
-STARTER = ("quickstart", "text_e2e", "tiny_cpu")
+STARTER = ("easy_vqa_align", "quickstart", "text_e2e", "tiny_cpu")
 PRESETS = ("llava_v1", "llava_v1_5", "minigpt4", "instructblip", "mplug_owl", "nextgpt_image",
            "siglip_smollm2")  # fmt: skip
 PINNED = {"lmsys--vicuna-7b-v1.3": ["refs/pr/4"], "lmsys--vicuna-7b-v1.5": ["refs/pr/13"]}

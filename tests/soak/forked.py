@@ -1,5 +1,6 @@
 """Work in a forked child of a process that has imported everything: seconds less for each try."""
 
+import faulthandler
 import os
 import random
 import signal
@@ -37,6 +38,7 @@ class Child:
             os.dup2(stream, 1)
             os.dup2(stream, 2)
             torch.set_num_threads(1)  # a thread pool does not live on in a fork
+            faulthandler.enable()  # kill -ABRT of one that hangs says where
             tqdm.set_lock(threading.RLock())  # else all share one, and one that dies may hold it
             before()
             work()

@@ -83,7 +83,6 @@ def report(name: str, kills: int, torn: int, runs: int, began: float) -> None:
     found = {"what": name, "kills": kills, "half_written": torn, "runs": runs,
              "seconds": round(time.time() - began)}  # fmt: skip
     print(json.dumps(found), flush=True)
-    assert kills > 0
 
 
 @pytest.mark.parametrize("scenario", ["cached", "workers"])

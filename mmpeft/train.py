@@ -373,11 +373,22 @@ class BridgeTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.adapter_steps is not None:
             penalty = self.adapter_steps.penalty(self.model, inputs)
-            if penalty is not None:  # once a step, however many micro-batches it has
-                loss = loss + penalty / self.current_gradient_accumulation_steps
+            if penalty is not None:
+                loss = loss + penalty * self._share(inputs, num_items_in_batch)
         if not loss.requires_grad and model.training:  # text alone teaches a connector nothing
             loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs: dict, num_items_in_batch) -> torch.Tensor | float:
+        """The part of a step's learned tokens that is in this micro-batch: a step's sum to 1.
+
+        Over processes, whose gradients are averaged, to their number, as Trainer scales the loss.
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        share = (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
+        across = self.args.average_tokens_across_devices
+        return share * self.accelerator.num_processes if across else share
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)

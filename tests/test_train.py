@@ -107,9 +107,11 @@ def test_stage_align_learns_from_its_own_task(recipe, jsonl, capsys):
 
 @pytest.mark.parametrize("cut", [["--instruct.per_device_train_batch_size", "1",
                                   "--instruct.gradient_accumulation_steps", "2"]])  # fmt: skip
-def test_the_loss_does_not_depend_on_how_a_batch_is_cut(recipe, cut):
-    whole = train(recipe)
-    pieces = train(recipe, [*cut, "--output_dir", str(recipe.parent / "cut")])
+@pytest.mark.parametrize("adapter", [[], ["--model.adapter", json.dumps(
+    {"class_path": "AdaMixConfig", "init_args": {"consistency": 100.0}})]])  # fmt: skip
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(recipe, cut, adapter):
+    whole = train(recipe, adapter)
+    pieces = train(recipe, [*adapter, *cut, "--output_dir", str(recipe.parent / "cut")])
     torch.testing.assert_close(
         list(losses(whole).values()), list(losses(pieces).values()), atol=1e-4, rtol=1e-4
     )

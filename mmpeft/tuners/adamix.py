@@ -175,8 +175,7 @@ class AdaMixModel(Tuner):
         """Mean symmetric KL divergence, per learned token, of the predictions of two draws.
 
         Called behind the forward of the same ``inputs``, whose logits serve where it made them
-        whole: with ``logits_chunk`` the first draw is computed again. The mean is of these inputs
-        alone: with gradient accumulation micro-batches count alike, however many tokens each has.
+        whole: with ``logits_chunk`` the first draw is computed again.
         """
         labels = inputs.get("labels")
         if not self.training or labels is None or not self._compares():

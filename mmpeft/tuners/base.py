@@ -95,7 +95,11 @@ class Tuner(BaseTuner):
         """Called before step ``step`` of ``steps`` (from 0): random choices for the whole of it."""
 
     def penalty(self, model, inputs: dict) -> Tensor | None:
-        """What is added to the loss of a batch; ``model`` is the bridge."""
+        """What is added to the loss of a batch; ``model`` is the bridge.
+
+        The trainer weights a micro-batch by its share of the step's learned tokens, so a mean over
+        tokens becomes that of the step, and what depends on no input counts once.
+        """
         return None
 
     def end_step(self, step: int) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mmpeft.adapter_steps import AdapterSteps, steps_of
 from mmpeft.adapters import attach_adapter, set_adapter_mode
@@ -29,8 +30,7 @@ def filled(rank=6, frozen=False, bias=True):
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_values_of_every_rank_by_hand(rank):
     layer = filled().eval()
-    layer.rank = rank
-    layer.cut()
+    layer.deploy(rank)
     x = torch.randn(2, 4, 8)
     down, up = layer.dylora_A["default"].weight, layer.dylora_B["default"].weight
     update = sum(torch.outer(up[:, i], down[i]) for i in range(rank)) * 12 / rank
@@ -49,8 +49,7 @@ def test_values_of_every_rank_by_hand(rank):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_step_trains_the_directions_up_to_its_rank_or_the_last_alone(frozen):
     layer = filled(frozen=frozen).train()
-    layer.drawn = 3
-    layer.cut()
+    layer.draw(3)
     layer(torch.randn(2, 4, 8)).square().sum().backward()
     reached = layer.dylora_A["default"].weight.grad.abs().sum(1) > 0
     assert reached.tolist() == [not frozen, not frozen, True, False, False, False]
@@ -60,11 +59,11 @@ def test_a_step_trains_the_directions_up_to_its_rank_or_the_last_alone(frozen):
 def test_until_a_rank_is_drawn_the_deployed_one_is_in_use():
     """A stage that trains the connector alone must see what will be deployed."""
     layer = filled()
-    layer.rank, x = 2, torch.randn(2, 4, 8)
+    layer.deploy(2)
+    x = torch.randn(2, 4, 8)
     deployed = layer.eval()(x)
     assert torch.equal(layer.train()(x), deployed)
-    layer.drawn = 5
-    layer.cut()
+    layer.draw(5)
     assert not torch.allclose(layer(x), deployed) and torch.equal(layer.eval()(x), deployed)
 
 
@@ -77,6 +76,28 @@ def test_a_step_draws_one_rank_for_all_layers_and_every_rank_in_time(make_bridge
         (drawn,) = {layer.drawn for layer in layers}
         seen.add(drawn)
     assert seen == {1, 2, 3, 4}
+
+
+def test_training_is_cut_to_the_rank_that_was_drawn(recipe, monkeypatch):
+    """Through the whole of ``mmpeft train``, whose ``model.train()`` comes after the draw."""
+    drawn, found = [], []
+
+    def draw(layer, rank):
+        drawn.append(rank)
+        plain(layer, rank)
+
+    plain = DyLoraLayer.draw
+    monkeypatch.setattr(DyLoraLayer, "draw", draw)
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                if "dylora_B" in name and parameter.requires_grad:  # not in stage align
+                    found.append(int((parameter.grad.abs().sum(0) > 0).sum()))
+
+    train(recipe, ["--model.adapter", "DyLoraConfig", "--model.adapter.r", "7",
+                   "--model.adapter.target_modules", "[q_proj]"], callbacks=[Watch()])  # fmt: skip
+    assert found == drawn and len(set(found)) > 1
 
 
 def test_the_deployed_rank_is_saved_and_exported_as_plain_lora(make_bridge, llm_dir, tmp_path):
@@ -134,18 +155,31 @@ def memorised(llm_dir, adapter, steps=150):
     return llm, lambda: llm(**row, labels=row["input_ids"]).loss.item()
 
 
+@torch.no_grad()
+def cut_lora(whole: dict, rank: int, how: str) -> None:
+    """Leave ``rank`` directions of each layer: its first, or those of its greatest values."""
+    for layer, (down, up) in whole.items():
+        if how == "svd":
+            left, values, right = torch.linalg.svd(up @ down, full_matrices=False)
+            down, up = right[: len(down)], left[:, : len(down)] * values[: len(down)]
+        layer.lora_A["default"].weight.zero_()[:rank] = down[:rank]
+        layer.lora_B["default"].weight.zero_()[:, :rank] = up[:, :rank]
+
+
 def test_cut_to_every_rank_it_beats_lora_cut_after_training(llm_dir):
     options = {"r": 8, "lora_alpha": 8, "target_modules": [*TARGETS, "down_proj"]}
     ours, our_loss = memorised(llm_dir, DyLoraConfig(**options), 400)
     lora, lora_loss = memorised(llm_dir, LoraConfig(**options), 400)
     assert lora_loss() < 1.0
+    whole = {
+        m: (m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone())
+        for m in lora.modules() if isinstance(m, LoraLayer)
+    }  # fmt: skip
     for rank in range(7, 0, -1):
         ours.base_model.set_rank(rank)
-        with torch.no_grad():
-            for name, parameter in lora.named_parameters():
-                if "lora_A" in name:
-                    parameter[rank:] = 0
-        assert our_loss() < lora_loss(), rank
+        for how in ("first", "svd"):
+            cut_lora(whole, rank, how)
+            assert our_loss() < lora_loss(), (rank, how)
 
 
 def test_adaloras_ranks_move_to_its_budget(llm_dir):

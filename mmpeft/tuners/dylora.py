@@ -51,6 +51,9 @@ class DyLoraConfig(PeftConfig):
 class DyLoraLayer(MergingLayer):
     """A linear layer and its factors; the identity at the start, for B is 0.
 
+    Which rank is in use is asked in the forward, by ``training``: a bridge's ``train()`` switches
+    the adapter back on by attribute, after a step's rank was drawn.
+
     Attributes:
         rank: of the factors in use outside training steps.
         drawn: that of the current training step; ``None`` before one is drawn.
@@ -68,20 +71,26 @@ class DyLoraLayer(MergingLayer):
         self.dylora_A = nn.ModuleDict({adapter_name: down})
         self.dylora_B = nn.ModuleDict({adapter_name: up})
         self.dylora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(config.lora_dropout)})
-        # a tensor, since compiled code is made anew for every other number
-        self.register_buffer("dylora_cut", torch.empty(config.r), persistent=False)
-        self.cut()
+        # tensors, since compiled code is made anew for every other number: (r,) each, the scale
+        # of every direction in use and 0 where it is cut
+        self.register_buffer("dylora_deployed", torch.empty(config.r), persistent=False)
+        self.register_buffer("dylora_step", torch.empty(config.r), persistent=False)
+        self.deploy(self.rank)
 
-    def cut(self) -> None:
-        """Put the rank in use into ``dylora_cut`` ``(r,)``: its scale, and 0 where it is cut."""
-        rank = self.rank if self.drawn is None or not self.training else self.drawn
-        self.dylora_cut.zero_()[:rank] = self.config.lora_alpha / rank
+    def deploy(self, rank: int) -> None:
+        """Use this rank outside of training steps, and in them until one is drawn."""
+        self.rank = rank
+        self._cut(self.dylora_deployed, rank)
+        if self.drawn is None:
+            self._cut(self.dylora_step, rank)
 
-    def train(self, mode: bool = True):
-        """As in torch; what is in use follows."""
-        super().train(mode)
-        self.cut()
-        return self
+    def draw(self, rank: int) -> None:
+        """Use this rank in training."""
+        self.drawn = rank
+        self._cut(self.dylora_step, rank)
+
+    def _cut(self, scales: Tensor, rank: int) -> None:
+        scales.zero_()[:rank] = self.config.lora_alpha / rank
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """``(B, T, in)`` to ``(B, T, out)``."""
@@ -89,7 +98,8 @@ class DyLoraLayer(MergingLayer):
         if self.disable_adapters or self.merged:
             return output
         down, up = self._factors()
-        cut = self.dylora_cut.to(down.dtype)
+        cut = self.dylora_step if self.training else self.dylora_deployed
+        cut = cut.to(down.dtype)
         if self.training and self.config.frozen:
             last = (cut != 0) & ~F.pad(cut[1:] != 0, (0, 1))  # the highest rank in use
             down = torch.where(last[:, None], down, down.detach())
@@ -132,8 +142,7 @@ class DyLoraModel(Tuner):
             raise ValueError("the adapter is merged; unmerge it before another rank is deployed.")
         config.rank = rank
         for layer in self._layers():
-            layer.rank = rank
-            layer.cut()
+            layer.deploy(rank)
 
     def as_lora(self, rank: int | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The adapter cut to a rank as plain LoRA: peft's config, and its state by peft's names."""
@@ -156,8 +165,7 @@ class DyLoraModel(Tuner):
         """Draw the rank of this step."""
         rank = int(torch.randint(1, self.peft_config[self.active_adapters[0]].r + 1, ()))
         for layer in self._layers():
-            layer.drawn = rank
-            layer.cut()
+            layer.draw(rank)
 
     def _layers(self):
         return (module for module in self.model.modules() if isinstance(module, DyLoraLayer))

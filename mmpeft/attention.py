@@ -93,8 +93,15 @@ class Learned:
     value: Tensor
     choose: Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
-    def apply(self, attend: Callable, query: Tensor, scaling: float) -> Tensor:
-        """The module's output ``(B, T, H, d)``; ``attend(learned)`` attends with it or ``None``."""
+    def apply(self, attend: Callable, query: Tensor, scaling: float, log_sums: Callable) -> Tensor:
+        """The module's output ``(B, T, H, d)``.
+
+        Args:
+            attend: ``attend(learned)`` attends with it, or ``None``.
+            query: ``(B, H, T, d)``.
+            scaling: of scores.
+            log_sums: of the scores that the sequence's own keys get, see :func:`_log_sums`.
+        """
         adapted = attend(self)
         chosen = self.choose(adapted.flatten(2), lambda: attend(None).flatten(2))
         return chosen.unflatten(2, adapted.shape[2:])
@@ -112,15 +119,40 @@ class LearnedApart(Learned):
 
     scale: Tensor
 
-    def apply(self, attend: Callable, query: Tensor, scaling: float) -> Tensor:
+    def apply(self, attend: Callable, query: Tensor, scaling: float, log_sums: Callable) -> Tensor:
         base, groups = attend(None), query.shape[1] // self.key.shape[1]
         key, value = (repeat_kv(x.to(query.dtype), groups) for x in (self.key, self.value))
-        with maybe_autocast(query.device.type, enabled=False):
-            scores = query.float() @ key.float().transpose(2, 3) * scaling  # (B, H, T, P)
+        scores = _scores(query, key, scaling)  # (B, H, T, P)
         weights = torch.softmax(scores, -1) * self.scale
         added = (weights.to(query.dtype) @ value).transpose(1, 2)  # (B, T, H, d)
         added = self.choose(added.flatten(2), lambda: torch.zeros_like(added).flatten(2))
         return base + added.unflatten(2, base.shape[2:])
+
+
+@dataclass
+class LearnedGated(Learned):
+    """The same, each key and value multiplied by a weight that depends on who looks.
+
+    Keys that differ by query are no business of fused kernels: these attend to the sequence, and
+    the learned part joins by its share of the softmax, for which the scores of the sequence are
+    made once more, all ``(T, S)`` of them, in float32.
+
+    Attributes:
+        weight: ``(B, T, P)``.
+    """
+
+    weight: Tensor
+
+    def apply(self, attend: Callable, query: Tensor, scaling: float, log_sums: Callable) -> Tensor:
+        base, groups = attend(None), query.shape[1] // self.key.shape[1]
+        key, value = (repeat_kv(x.to(query.dtype), groups) for x in (self.key, self.value))
+        weight = self.weight[:, None].float()  # (B, 1, T, P)
+        scores = _scores(query, key, scaling) * weight  # (B, H, T, P)
+        shares = torch.softmax(torch.cat([log_sums()[..., None], scores], -1), -1)
+        own, theirs = shares[..., :1].transpose(1, 2), shares[..., 1:] * weight
+        added = (theirs.to(query.dtype) @ value).transpose(1, 2)  # (B, T, H, d)
+        adapted = own.to(base.dtype) * base + added
+        return self.choose(adapted.flatten(2), lambda: base.flatten(2)).unflatten(2, base.shape[2:])
 
 
 class Recorder:
@@ -152,10 +184,17 @@ def attention(
             return _packed_attention(query, key, value, packed, scaling, learned)
         return _attention(module, query, key, value, attention_mask, learned, **kwargs)
 
+    def log_sums() -> Tensor:  # (B, H, T)
+        if packed is not None:
+            return _packed_log_sums(query, key, packed, scaling)
+        return _log_sums(query, key, attention_mask, scaling)
+
     if isinstance(learned, Recorder):
         learned.taken[module] = key, value
         learned = None
-    return (attend(None) if learned is None else learned.apply(attend, query, scaling)), None
+    if learned is None:
+        return attend(None), None
+    return learned.apply(attend, query, scaling, log_sums), None
 
 
 def _attention(module, query, key, value, mask, learned: Learned | None, **kwargs) -> Tensor:
@@ -173,19 +212,55 @@ def _attention(module, query, key, value, mask, learned: Learned | None, **kwarg
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0][:, -length:]
 
 
+def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """``(B, H, T, S)`` in float32, of ``(B, H, T, d)`` and ``(B, H, S, d)``."""
+    with maybe_autocast(query.device.type, enabled=False):
+        return query.float() @ key.float().transpose(2, 3) * scaling
+
+
+def _log_sums(query, key, mask, scaling: float) -> Tensor:
+    """Logarithm of the softmax' denominator ``(B, H, T)`` of keys ``(B, H_kv, S, d)``.
+
+    ``mask`` is as sdpa takes it: bool, or added; ``None`` is causal.
+    """
+    length = query.shape[2]
+    if mask is None and length > 1:
+        key = key[:, :, :length]  # as sdpa cuts a static cache
+        mask = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+    scores = _scores(query, repeat_kv(key, query.shape[1] // key.shape[1]), scaling)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.logsumexp(-1)
+
+
+@torch.compiler.disable  # as below
+def _packed_log_sums(query, key, packed: PackedRow, scaling: float) -> Tensor:
+    """The same of a packed row, ``(1, H, N)``."""
+    blocks = _by_block(packed, query, key)
+    return torch.cat([_log_sums(q, k, block.mask, scaling) for block, q, k in blocks], 2)
+
+
+def _by_block(packed: PackedRow, query: Tensor, *seen: Tensor):
+    """Each block, its queries, and of what is ``seen`` the root's part and its own."""
+    lengths = [block.length for block in packed.blocks]
+    # split, not slices: the gradient of each slice would be as long as the row
+    parts, before = zip(*(x.split(lengths, 2) for x in (query, *seen)), strict=True), {}
+    for block, (q, *own) in zip(packed.blocks, parts, strict=True):
+        before[block.start] = own
+        if block.root[1]:
+            own = [torch.cat(x, 2) for x in zip(before[block.root[0]], own, strict=True)]
+        yield block, q, *own
+
+
 @torch.compiler.disable  # the number and the sizes of blocks change with every batch
 def _packed_attention(
     query, key, value, packed: PackedRow, scaling: float, learned: Learned | None = None
 ) -> Tensor:
     """``(1, H, N, d)`` queries, ``(1, H_kv, N, d)`` keys and values to ``(1, N, H, d)``."""
-    lengths = [block.length for block in packed.blocks]
-    # split, not slices: the gradient of each slice would be as long as the row
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    outputs, before = [], {}
-    for block, (q, k, v) in zip(packed.blocks, parts, strict=True):
-        before[block.start] = k, v
-        if block.root[1]:
-            k, v = (torch.cat(x, 2) for x in zip(before[block.root[0]], (k, v), strict=True))
+    outputs = []
+    for block, q, k, v in _by_block(packed, query, key, value):
         if learned is not None:
             k = torch.cat([learned.key.to(k.dtype), k], 2)
             v = torch.cat([learned.value.to(v.dtype), v], 2)

@@ -222,9 +222,10 @@ class StageConfig(TrainingArguments):
         connector_learning_rate: peak learning rate of the connector.
         adapter_learning_rate: peak learning rate of the adapter.
         freeze_connector: train the adapter alone; nothing below its first layer then has a graph.
-        kl_weight: weight of the KL to the base in the loss, in nats a token: in rows of text alone
-            (data.replay), where the LLM speaks, the bridge is held to what the LLM says with its
-            adapter off. metrics.jsonl has the divergence as kl_to_base; loss is the sum of both.
+        kl_weight: weight of the KL to the base in the loss, in nats a token: in rows of text alone,
+            of data.replay and of any other task that has some, where the LLM speaks, the bridge is
+            held to what the LLM says with its adapter off. metrics.jsonl has the divergence as
+            kl_to_base; loss is the sum of both.
         bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
         train_sampling_strategy: order of the samples: random, sequential, or group_by_length, whose
             batches are all with pictures or all without, but for the last one or two of a pass, and

@@ -26,7 +26,6 @@ from transformers.trainer_utils import SaveStrategy
 from mmpeft import durable
 from mmpeft.config import RunConfig, of_rank
 from mmpeft.data import ConversationDataset, Samples, hold_out, row_groups
-from mmpeft.mixture import replayed
 from mmpeft.nonfinite import NonFinite
 from mmpeft.retention.sides import evaluation
 from mmpeft.train import total_steps, train_stage
@@ -36,21 +35,21 @@ FILE = "rank_search.json"
 SHARE = 4  # the search's longest training is this part of the stage's
 
 
-def settle_rank(model, dataset: ConversationDataset, collator, config: RunConfig, cache) -> None:
+def settle_rank(model, data, collator, config: RunConfig, cache) -> None:
     """Put an untrained adapter of the rank that the task needs on ``model``.
 
     A rank once found is kept in the run folder as ``rank_search.json`` (see docs/json.md), and not
     looked for again.
 
     Args:
-        dataset: what stage instruct learns from, without replay.
+        data: the :class:`~mmpeft.training_data.TrainingData`; candidates learn from ``vision``.
 
     Raises:
         ValueError: no candidate has a finite loss, or too few samples can be held out.
     """
     kept = Path(config.output_dir) / FILE
     if not kept.is_file():
-        report = search(model, dataset, collator, config, cache)
+        report = search(model, data.vision, len(data.instruct), collator, config, cache)
         durable.write(kept, json.dumps(report, indent=2) + "\n")
         print(render(report), file=sys.stderr)
     rank = json.loads(kept.read_text())["rank"]
@@ -58,14 +57,17 @@ def settle_rank(model, dataset: ConversationDataset, collator, config: RunConfig
     model.replace_adapter(of_rank(config.model.adapter, rank))
 
 
-def search(model, dataset, collator, config: RunConfig, cache) -> dict:
-    """Train the candidates, and say which rank to take and why; the connector is left as it was."""
+def search(model, dataset, samples: int, collator, config: RunConfig, cache) -> dict:
+    """Train the candidates, and say which rank to take and why; the connector is left as it was.
+
+    Args:
+        dataset: what they learn from.
+        samples: of a pass of stage instruct, whatever else is mixed into it.
+    """
     settings, work = config.rank_search, Path(config.output_dir) / "rank_search"
     shutil.rmtree(work, ignore_errors=True)  # of a search that was interrupted
     learned, held_out = split(dataset, config)
     groups = groups_of(held_out)
-    data, samples = config.data, len(dataset)
-    samples += 0 if data.replay is None else replayed(samples, data.replay_share)
     whole = total_steps(config.instruct, samples)
     steps = settings.steps or max(2, whole // SHARE)
     start = {key: value.clone() for key, value in model.connector.state_dict().items()}

@@ -4,7 +4,8 @@ The forward divergence KL(base || bridge) of the next token, as in learning with
 and Hoiem 2016, arXiv 1606.09282, section 3), where old and new model share their weights: the base
 is the same LLM with its adapter switched off. It is taken
 
-- in rows without an image: with one there is no answer of the base to hold on to;
+- in rows without an image, of replay or of any other text: with an image there is no answer of the
+  base to hold on to;
 - where a token is learned, which is where the LLM speaks: what a user writes is never generated,
   and how the base would go on with it does not matter;
 
@@ -41,8 +42,8 @@ def check(config, gate: str) -> None:
     name = f"instruct.kl_weight is {config.instruct.kl_weight}"
     if config.data.replay is None:
         raise ValueError(
-            f"{name}, but without data.replay there are no rows of text to hold to the base; set "
-            "data.replay (mmpeft replay writes one), or the weight to 0."
+            f"{name}, but data.replay, whose rows of text are to be held to the base, is not set; "
+            "set it (mmpeft replay writes one), or the weight to 0."
         )
     if gate != "none":
         raise ValueError(

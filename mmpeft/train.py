@@ -94,7 +94,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
         if stage == "instruct" and config.model.rank == "auto":
             from mmpeft.rank import settle_rank
 
-            settle_rank(model, data.vision, collator, config, cache)
+            settle_rank(model, data, collator, config, cache)
         folder = run / "stages" / stage
         begun = durable.last_good(folder) if resume else None
         if stage == "instruct":

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mmpeft import __version__, checkpoint, cli
@@ -95,6 +96,25 @@ def test_a_step_is_keyed_by_what_its_result_depends_on(write_grid):
     assert batch["train"] == plain["train"] and batch["score"] != plain["score"]
     kept = keys(retain={"samples": 3})
     assert {step: kept[step] for step in plain} == plain and "retention" in kept
+
+
+def test_a_step_is_keyed_by_the_bridge_that_it_starts_from(write_grid, make_bridge, tmp_path):
+    def key():
+        model = {"model": {"start_from": str(tmp_path / "start")}}
+        return load_grid(write_grid(axes={"only": {"one": None}}, exclude=[], overrides=model))[2][
+            0
+        ].hashes["train"]
+
+    model, processor = make_bridge("none", adapter=None)
+    missing = key()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "start")
+    there = key()
+    assert there != missing and key() == there
+    with torch.no_grad():
+        next(model.connector.parameters()).add_(1)
+    model.save_pretrained(tmp_path / "start")
+    assert key() not in (there, missing)
 
 
 def test_results_of_another_version_are_not_taken_for_this_ones(

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,13 +208,12 @@ def search_known(monkeypatch):
     monkeypatch.setattr(rank, "groups_of", lambda held_out: np.arange(64))
     monkeypatch.setattr(rank, "total_steps", lambda stage, samples: samples * 5 // 2)
 
-    def search(losses, replay=None, **given):
+    def search(losses, samples=64, **given):
         monkeypatch.setattr(rank, "split", lambda *a: (None, Losses(losses)))
         settings = Anything()
         settings.rank_search = RankSearchConfig(**given)
-        settings.data = SimpleNamespace(replay=replay, replay_share=0.2)
         settings.output_dir, settings.seed = "nowhere", 0
-        return rank.search(Anything(), [None] * 64, None, settings, None)
+        return rank.search(Anything(), [None] * 64, samples, None, settings, None)
 
     return search
 
@@ -240,10 +238,10 @@ def test_what_is_alike_at_half_of_odd_steps_is_not_trained_on(search_known):
     assert [one["steps"] for one in report["rungs"]] == [2] and report["rank"] == 2
 
 
-def test_the_share_is_that_of_the_stage_with_its_replay(search_known):
+def test_the_share_is_that_of_the_stage_with_all_that_is_mixed_in(search_known):
     given = {"candidates": [2, 4], "steps": 40}
     plain = search_known(lambda of, until: np.arange(64.0), **given)
-    mixed = search_known(lambda of, until: np.arange(64.0), replay="some", **given)
+    mixed = search_known(lambda of, until: np.arange(64.0), samples=80, **given)
     assert plain["share_of_stage"] == 80 / 160 and mixed["share_of_stage"] == 80 / 200
 
 

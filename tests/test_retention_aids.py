@@ -167,7 +167,7 @@ def test_a_run_holds_text_to_the_base_and_logs_how_far_it_is(recipe, replay):  #
     [
         (["--model.gate", "sample"], "under gate 'sample' text never reaches the adapter"),
         (["--model.gate", "after_image"], "under gate 'after_image' text never reaches"),
-        (["--model.gate", "none", "--data.replay", "null"], "is 1.0, but without data.replay"),
+        (["--model.gate", "none", "--data.replay", "null"], "is 1.0, but data.replay, whose rows"),
         (["--align.kl_weight", "1"], "stage align does not train the adapter"),
         (["--instruct.kl_weight", "-1"], "kl_weight is -1.0; it must be 0 or more"),
     ],
@@ -483,11 +483,14 @@ def test_the_dial_interpolates_the_weights(make_bridge):
 
 def test_what_the_dial_cannot_scale(make_bridge):
     from mmpeft.retention.dial import scalable_layers
+    from mmpeft.tuners.llama_adapter import LlamaAdapterConfig
     from mmpeft.tuners.prefix import PrefixConfig
 
     model, _ = make_bridge("none", adapter=None)
     with pytest.raises(ValueError, match="there is none; leave --scales out"):
         scalable_layers(model.language_model)
+    model, _ = make_bridge("none", adapter=LlamaAdapterConfig())
+    assert scalable_layers(model.language_model)  # its softmax is its own
     model, _ = make_bridge("none", adapter=PrefixConfig())
     with pytest.raises(ValueError, match="the dial cannot scale PrefixConfig: its learned keys"):
         scalable_layers(model.language_model)

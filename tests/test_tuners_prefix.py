@@ -1,6 +1,7 @@
 """The prefix family against upstream peft, closed forms and explicit rows."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -8,12 +9,20 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from mmpeft import BridgeForConditionalGeneration
 from mmpeft.adapters import adapter_parameters, attach_adapter, set_trainable
-from mmpeft.attention import ATTENTION, Learned, LearnedApart, attention, serve_packed_rows
+from mmpeft.attention import (
+    ATTENTION,
+    Learned,
+    LearnedApart,
+    LearnedGated,
+    attention,
+    serve_packed_rows,
+)
 from mmpeft.data import Collator
 from mmpeft.gate import GATES
 from mmpeft.packing import Block, PackedRow
@@ -130,7 +139,7 @@ def test_scores_of_what_is_learned_apart_are_float32(dtype, autocast):
     learned = LearnedApart(key, value, lambda added, _: added, torch.ones(1))
     nothing = torch.zeros(2, 6, 4, 8, dtype=dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        found = learned.apply(lambda _: nothing, query, 8**-0.5)
+        found = learned.apply(lambda _: nothing, query, 8**-0.5, None)
     scores = query.double() @ key.double().transpose(2, 3) * 8**-0.5
     expected = (scores.softmax(-1) @ value.double()).transpose(1, 2)
     torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
@@ -247,19 +256,71 @@ def test_llama_adapter_is_pefts_and_starts_as_the_identity(llm, ids):
 # --------------------------------------------------------------------------------- closed forms
 
 
-def test_adaptive_prefix_is_a_prefix_scaled_by_its_gates(llm, ids):
+def test_an_untrained_adaptive_prefix_is_a_prefix_at_half_its_size(llm, ids):
     plain = attach_adapter(copy.deepcopy(llm), PrefixConfig(num_virtual_tokens=5))
     ours = attach_adapter(llm, AdaptivePrefixConfig(num_virtual_tokens=5))
-    alpha = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7])[:, None]
     with torch.no_grad():
         for i, layer in enumerate(ours.get_base_model().model.layers):
             attn, other = layer.self_attn, plain.get_base_model().model.layers[i].self_attn
-            attn.prefix_token["default"].copy_(torch.logit(alpha))
             attn.prefix_layer["default"].fill_(2.0 + i)
-            other.prefix_key["default"].copy_(attn.prefix_key["default"] * alpha * (2 + i))
-            other.prefix_value["default"].copy_(attn.prefix_value["default"] * alpha * (2 + i))
+            other.prefix_key["default"].copy_(attn.prefix_key["default"] * 0.5 * (2 + i))
+            other.prefix_value["default"].copy_(attn.prefix_value["default"] * 0.5 * (2 + i))
     expected = plain(input_ids=ids).logits
     torch.testing.assert_close(ours(input_ids=ids).logits, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_an_adaptive_prefix_is_weighted_by_the_state_of_each_position(llm, ids):
+    ours = attach_adapter(llm, AdaptivePrefixConfig(num_virtual_tokens=5))
+    attn = ours.get_base_model().model.layers[0].self_attn
+    with torch.no_grad():
+        nn.init.normal_(attn.prefix_gate["default"].weight, std=2)
+        attn.prefix_layer["default"].fill_(3.0)
+    hidden = torch.randn(2, 9, 32)
+    weight = attn.learned(hidden).weight
+    gates = torch.sigmoid(hidden @ attn.prefix_gate["default"].weight.T)
+    torch.testing.assert_close(weight, 3 * gates)
+    before, other = ours(input_ids=ids).logits, ids.clone()
+    other[:, 6:] += 1  # what follows changes nothing
+    torch.testing.assert_close(ours(input_ids=other).logits[:, :6], before[:, :6])
+    with torch.no_grad():
+        attn.prefix_gate["default"].weight.zero_()
+    assert (ours(input_ids=ids).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("seen", ["causal", "bool", "added", "packed", "one query"])
+def test_attention_whose_learned_keys_differ_by_query_by_hand(seen):
+    torch.manual_seed(0)
+    rows, count = (1, 1) if seen == "packed" else (2, 1 if seen == "one query" else 7)
+    count = 7 if seen == "packed" else count
+    query = torch.randn(rows, 4, count, 8)
+    key, value = torch.randn(2, rows, 2, 7, 8)
+    weight = 2 * torch.rand(rows, count, 3)
+    learned = LearnedGated(*torch.randn(2, 1, 2, 3, 8), lambda adapted, base: adapted, weight)
+    visible, given = torch.ones(7, 7, dtype=torch.bool).tril(), {}
+    if seen in ("bool", "added"):
+        visible = visible & (torch.rand(7, 7) < 0.7) | torch.eye(7, dtype=torch.bool)
+    mask = visible[None, None].expand(rows, 1, 7, 7)
+    if seen == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -1e30)
+    if seen == "packed":
+        given["packed"] = PackedRow([Block(0, 4), Block(4, 3)], [4, 3])
+        visible = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3)).bool() & visible
+    if seen == "one query":
+        visible = visible[-1:]
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    mask = mask if seen in ("bool", "added") else None
+    ours, _ = attention(module, query, key, value, mask, scaling=0.3, learned=learned, **given)
+
+    expected = torch.empty(rows, count, 4, 8)
+    for row, t, head in itertools.product(range(rows), range(count), range(4)):
+        who, of = visible[t], head // 2
+        w = weight[row, t, :, None]
+        keys = torch.cat([learned.key[0, of] * w, key[row, of, who]])
+        values = torch.cat([learned.value[0, of] * w, value[row, of, who]])
+        scores = keys @ query[row, head, t] * 0.3
+        expected[row, t, head] = scores.softmax(0) @ values
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_prefix_propagation_is_a_row_with_vectors_added_in_front(llm, ids):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft import __version__
+from mmpeft.checkpoint import find_checkpoint
 from mmpeft.config import RunConfig, from_mapping
 from mmpeft.config_errors import did_you_mean
 from mmpeft.task import Task
@@ -198,13 +199,29 @@ def put(recipe: dict, key: str, value, where) -> None:
 
 
 def step_hashes(recipe: dict, raw: dict) -> dict[str, str]:
-    """The recipe, the step's settings and mmpeft's version, hashed. No retention, no key for it."""
-    train = _hash([__version__, recipe])
+    """The recipe, the step's settings and mmpeft's version, hashed. No retention, no key for it.
+
+    Of a bridge that training starts from, where it lies on disk, what its files hold counts too.
+    """
+    start = fingerprint((recipe.get("model") or {}).get("start_from"))
+    train = _hash([__version__, recipe] + ([] if start is None else [start]))
     score = {k: v for k, v in (raw.get("evaluate") or {}).items() if k != "metric"}  # is only shown
     keys = {"train": train, "score": _hash([train, score])}
     if raw.get("retain") is not None:
         keys["retention"] = _hash([train, raw["retain"]])
     return keys
+
+
+def fingerprint(start) -> dict[str, str] | None:
+    """SHA-256 of each file of a bridge on disk; ``None`` where there is none (yet)."""
+    try:
+        folder = find_checkpoint(start) if start and Path(start).exists() else None
+    except FileNotFoundError:
+        folder = None
+    return folder and {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }  # fmt: skip
 
 
 def read_yaml(path, what: str) -> dict:

@@ -98,7 +98,7 @@ def scalable_layers(language_model: nn.Module) -> list[BaseTunerLayer]:
     layers = [m for m in language_model.modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
         raise ValueError("the dial scales an adapter, and there is none; leave --scales out.")
-    if any(isinstance(layer, AttentionLayer) for layer in layers):
+    if any(isinstance(layer, AttentionLayer) and layer.shares_softmax for layer in layers):
         name = type(language_model.active_peft_config).__name__
         raise ValueError(
             f"the dial cannot scale {name}: its learned keys and values share a softmax with the "

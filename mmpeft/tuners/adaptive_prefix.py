@@ -1,4 +1,4 @@
-"""Adaptive prefix tuning, APT (Zhang et al. 2023, arXiv 2305.15212)."""
+"""Adaptive prefix tuning, APT (Zhang et al. 2023, arXiv 2305.15212, section 3)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,47 +6,58 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmpeft.attention import LearnedGated
 from mmpeft.tuners.base import register
 from mmpeft.tuners.prefix import PrefixConfig, PrefixLayer, PrefixModel
 
 
 @dataclass
 class AdaptivePrefixConfig(PrefixConfig):
-    """Prefix tuning whose tokens and layers have weights: lambda * alpha * (keys, values).
+    """Prefix tuning whose tokens have weights that the text decides: lambda * alpha * (K, V).
 
-    Alpha is a gate in (0, 1) for each token of each layer, lambda a factor for each layer, both
-    learned. The paper makes alpha of the hidden states that enter the layer; in a causal LLM these
-    differ by position, and what attention shares between positions cannot depend on them. Here
-    alpha is the sigmoid of a weight that is learned as it is. It begins at 1/2, lambda at 1.
+    Alpha, in (0, 1), is a gate for each token of a layer's prefix, made of the hidden state that
+    enters the layer's attention: ``sigmoid(W h)``. Lambda is a learned factor of the layer. The
+    paper's encoders make one alpha for the whole text; a causal LLM must not know what follows, so
+    each position has its own, made of its own state. W begins at 0 (alpha at 1/2), lambda at 1.
     """
 
     method: ClassVar[str] = "MMPEFT_ADAPTIVE_PREFIX"
 
 
 class AdaptivePrefixLayer(PrefixLayer):
-    """An attention module, its learned keys and values and their weights."""
+    """An attention module, its learned keys and values, W ``(P, D)`` and lambda ``(1,)``."""
 
-    adapter_layer_names = (*PrefixLayer.adapter_layer_names, "prefix_token", "prefix_layer")
+    adapter_layer_names = (*PrefixLayer.adapter_layer_names, "prefix_gate", "prefix_layer")
 
-    def __init__(self, base_layer, adapter_name, config, shape, device):
+    def __init__(self, base_layer, adapter_name, config, shape, device, hidden_size):
         super().__init__(base_layer, adapter_name, config, shape, device)
-        token = torch.zeros(config.num_virtual_tokens, 1, device=device)
-        self.prefix_token = nn.ParameterDict({adapter_name: nn.Parameter(token)})
+        gate = nn.Linear(hidden_size, config.num_virtual_tokens, bias=False, device=device)
+        nn.init.zeros_(gate.weight)
+        self.prefix_gate = nn.ModuleDict({adapter_name: gate})
         self.prefix_layer = nn.ParameterDict(
             {adapter_name: nn.Parameter(torch.ones(1, device=device))}
         )
 
-    def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """As :class:`~mmpeft.tuners.prefix.PrefixLayer`, weighted."""
-        alpha = torch.sigmoid(self.prefix_token[self.adapter_name])  # (P, 1)
+    def learned(self, hidden: Tensor) -> LearnedGated:
+        """As :class:`~mmpeft.tuners.prefix.PrefixLayer`; ``hidden`` ``(B, T, D)`` decides."""
+        key, value = self.keys_and_values()
+        gate = self.prefix_gate[self.adapter_name]
+        alpha = torch.sigmoid(gate(self._cast_input_dtype(hidden, gate.weight.dtype)))  # (B, T, P)
         weight = self.prefix_layer[self.adapter_name] * alpha
-        return tuple(x * weight for x in super().keys_and_values())
+        return LearnedGated(key[None], value[None], self.choose, weight)
 
 
 class AdaptivePrefixModel(PrefixModel):
     """Adaptive prefix tuning on a language model."""
 
     tuner_layer_cls = AdaptivePrefixLayer
+
+    def wrap(self, module, adapter_name, config, path):
+        """The adapted module at ``path``."""
+        hidden_size = self.model.config.get_text_config().hidden_size
+        return AdaptivePrefixLayer(
+            module, adapter_name, config, self.shapes[path], self.device, hidden_size
+        )
 
 
 register(AdaptivePrefixConfig, AdaptivePrefixModel)

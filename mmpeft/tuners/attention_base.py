@@ -179,23 +179,26 @@ class AttentionLayer(Layer):
 
     Attributes:
         computed: what the tuner gives it, here ``key`` and ``value``.
+        shares_softmax: whether what is learned takes weight from the sequence's own keys.
     """
 
     adapter_layer_names = ()
+    shares_softmax = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__(base_layer, adapter_name)
         self.computed = Computed()
 
-    def learned(self) -> Learned:
-        """What it sees besides its sequence."""
+    def learned(self, hidden: Tensor) -> Learned:
+        """What it sees besides its sequence; ``hidden`` ``(B, T, D)`` enters the module."""
         return Learned(self.computed["key"], self.computed["value"], self.choose)
 
     def forward(self, *args, **kwargs):
         """As the attention module itself."""
         if self.disable_adapters or kwargs.get("learned") is not None:
             return self.base_layer(*args, **kwargs)
-        return self.base_layer(*args, **kwargs | {"learned": self.learned()})
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return self.base_layer(*args, **kwargs | {"learned": self.learned(hidden)})
 
 
 class AttentionTuner(Tuner):

@@ -22,8 +22,8 @@ class LlamaAdapterConfig(PeftConfig):
     """Prompts in the top layers, attended to apart from the text, by a gate that begins at 0.
 
     A prompt has the keys and values that the layer's frozen attention makes of it, at position 0
-    (no rotation). Attention to it has a softmax of its own, is scaled by the gate, a number for
-    each layer (section 3.2), and is added: an untrained one is the identity.
+    (no rotation). Attention to it has a softmax of its own, is scaled by the gate (section 3.2), as
+    in peft one number for each layer, and is added: an untrained one is the identity.
 
     Attributes:
         num_virtual_tokens: how many in each layer, K of the paper.
@@ -47,6 +47,7 @@ class LlamaAdapterLayer(AttentionLayer):
     """An attention module, its prompt ``(P, D)`` and its gate ``(1,)``."""
 
     adapter_layer_names = ("adaption_prompt", "adaption_gate")
+    shares_softmax = False
 
     def __init__(self, base_layer, adapter_name, prompt: nn.Parameter):
         super().__init__(base_layer, adapter_name)
@@ -54,7 +55,7 @@ class LlamaAdapterLayer(AttentionLayer):
         self.adaption_prompt = nn.ParameterDict({adapter_name: prompt})
         self.adaption_gate = nn.ParameterDict({adapter_name: gate})
 
-    def learned(self) -> LearnedApart:
+    def learned(self, hidden: Tensor) -> LearnedApart:
         """As :class:`AttentionLayer`."""
         gate = self.adaption_gate[self.adapter_name]
         return LearnedApart(self.computed["key"], self.computed["value"], self.choose, gate)

@@ -92,7 +92,7 @@ class PrefixLayer(AttentionLayer):
         key, value = both.split([heads * size for size in sizes], -1)
         return tuple(x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (key, value))
 
-    def learned(self) -> Learned:
+    def learned(self, hidden: Tensor) -> Learned:
         """As :class:`AttentionLayer`."""
         key, value = self.keys_and_values()
         return Learned(key[None], value[None], self.choose)

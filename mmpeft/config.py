@@ -148,6 +148,9 @@ class DataConfig:
         max_length: longest sample in tokens; null is the language model's context. Longer chats
             are an error, never cut.
         chats_per_sample: chats about one image that share its tokens in one training row.
+        fraction: share of the rows of every task but replay that is used, above 0 and up to 1; with
+            several chats a sample, of the images with all their chats. Drawn by the seed; of one
+            seed a smaller share is part of every larger one.
         replay: a task whose text rows are mixed into stage instruct, so that the adapter keeps
             the LLM's words (see ``mmpeft replay``); null mixes in none. Under gate sample text
             never reaches the adapter, and replay has nothing to teach.
@@ -170,6 +173,7 @@ class DataConfig:
     align: Task | None = None
     max_length: int | None = None
     chats_per_sample: int = 1
+    fraction: float = 1.0
     replay: Task | None = None
     replay_share: float = 0.25
     start_samples: int = 256
@@ -183,6 +187,10 @@ class DataConfig:
             if getattr(self, name) < low:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {low} or more.")
         self._choose_task()
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"data.fraction is {self.fraction}; it must lie above 0 and be 1 or less."
+            )
         if not 0 < self.replay_share < 1:
             raise ValueError(
                 f"data.replay_share is {self.replay_share}; it must lie above 0 and below 1. "
@@ -454,6 +462,7 @@ class RunConfig:
             ("data.mixture", self.data.mixture, "null"),
             ("data.replay", self.data.replay, "null"),
             ("data.chats_per_sample", self.data.chats_per_sample > 1, "1"),
+            ("data.fraction", self.data.fraction < 1, "1"),
             ("retention", self.retention, "null"),
             ("model.rank", self.model.rank == "auto", "a number"),
             ("speed.feature_cache", self.speed.feature_cache == "on", "auto or off"),

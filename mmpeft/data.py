@@ -31,8 +31,9 @@ class ConversationDataset(Dataset):
 
     Chats that share a prefix may be ``branch_limit`` tokens long, see
     :func:`mmpeft.language_model.branch_limit`. At least ``held_out`` rows, drawn with ``seed``,
-    are left out; their numbers are in the attribute of that name. ``augmentation`` are transforms
-    of a loaded picture, see :class:`mmpeft.augmentation.Augmentation`.
+    are left out; their numbers are in the attribute of that name. ``fraction`` of the rows are
+    used, see :class:`Share`; the others are as if they were not there. ``augmentation`` are
+    transforms of a loaded picture, see :class:`mmpeft.augmentation.Augmentation`.
 
     Index ``n * len(dataset) + i`` is sample ``i`` in pass ``n``: the same, augmented anew. What an
     index gives depends on it and on ``seed`` alone, not on the process that makes it.
@@ -51,7 +52,7 @@ class ConversationDataset(Dataset):
     def __init__(
         self, task: Task, split: str, processor, chats_per_sample: int = 1, held_out: int = 0,
         seed: int = 0, branch_limit: int | None = None, augmentation: list | None = None,
-        bad_rows: BadRows | None = None,
+        bad_rows: BadRows | None = None, fraction: float = 1.0,
     ):  # fmt: skip
         if chats_per_sample > 1 and processor.qformer_tokenizer is not None:
             raise ValueError(
@@ -62,13 +63,17 @@ class ConversationDataset(Dataset):
         self.bad_rows, self.seed = bad_rows or BadRows(), seed
         several_sizes = len(getattr(processor.image_processor, "resolutions", None) or ()) > 1
         self.augment = Augmentation(augmentation, several_sizes) if augmentation else None
-        self._open(split, chats_per_sample, held_out)
+        self._open(split, chats_per_sample, held_out, fraction)
 
-    def _open(self, split: str, chats_per_sample: int, held_out: int) -> None:
+    def _open(self, split: str, chats_per_sample: int, held_out: int, fraction: float) -> None:
+        def groups_of(rows):
+            return np.arange(len(rows)) if chats_per_sample == 1 else row_groups(self.task, rows)
+
         self.rows = self.task.rows(split)
+        if fraction < 1:
+            self.rows = Share(self.rows, groups_of(self.rows), fraction, self.seed)
         self.held_out = hold_out(self.task, self.rows, held_out, self.seed)
-        alone = chats_per_sample == 1
-        groups = np.arange(len(self.rows)) if alone else row_groups(self.task, self.rows)
+        groups = groups_of(self.rows)
         self.samples = Samples(groups, chats_per_sample, self.held_out)
 
     def __len__(self):
@@ -112,6 +117,8 @@ class ConversationDataset(Dataset):
         """A row, which may be read from disk each time; ``names`` then holds its name alone."""
         names.clear()
         row = self.rows[number]
+        if isinstance(self.rows, Share):
+            number = int(self.rows.numbers[number])
         names.append(self.task.where(row, number))
         return row
 
@@ -278,6 +285,27 @@ def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
                 "from. Lower retention.vision_samples or rank_search.validation."
             )
     return np.flatnonzero(np.isin(groups, drawn)).tolist()
+
+
+class Share(Sequence):
+    """A part of the rows, in their order: whole groups, drawn with ``seed``, at least one.
+
+    Of one seed a smaller share is part of every larger one.
+
+    Attributes:
+        numbers: of the rows in all of them.
+    """
+
+    def __init__(self, rows: Sequence, groups: np.ndarray, fraction: float, seed: int):
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        drawn = order[: max(1, round(fraction * len(order)))]
+        self.rows, self.numbers = rows, np.flatnonzero(np.isin(groups, drawn))
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index: int):
+        return self.rows[int(self.numbers[index])]
 
 
 class Samples(Sequence):

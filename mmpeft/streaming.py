@@ -39,7 +39,7 @@ class StreamDataset(ConversationDataset):
     also has its own turn, as in a data set that is counted.
     """
 
-    def _open(self, split, chats_per_sample, held_out):
+    def _open(self, split, chats_per_sample, held_out, fraction):
         self.stream = self.task.stream(split, self.seed)
         self.held_out, self.samples, self._beginning = [], _Alone(), self.stream.state_dict()
 

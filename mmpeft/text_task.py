@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,22 +17,10 @@ class TextTask(Task):
     Attributes:
         train: file to learn from.
         test: file to score on.
-        fraction: share of the training rows that is used, above 0 and up to 1. Of one seed, a
-            smaller share is part of every larger one.
-        seed: draws the share; that of the run does not.
     """
 
     train: str | None = None
     test: str | None = None
-    fraction: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"task {self.name}: fraction is {self.fraction}; it must lie above 0 and be 1 or "
-                "less."
-            )
 
     def read(self, path: Path, split: str) -> list[dict]:
         """The rows of a file, each with ``"where"``: how errors point at it."""
@@ -50,7 +37,7 @@ class TextTask(Task):
         rows = self.read(Path(path), split)
         if not rows:
             raise ValueError(f"{path} has no rows.")
-        return nested_share(rows, self.fraction, self.seed) if split == "train" else rows
+        return rows
 
     def where(self, row, index):
         return row["where"]
@@ -83,13 +70,6 @@ class GenerationTask(TextTask):
         from mmpeft.text_metrics import generation_metrics
 
         return generation_metrics(replies, [row["refs"] for row in rows])
-
-
-def nested_share(rows: list, fraction: float, seed: int) -> list:
-    """``fraction`` of the rows, at least one, in their order; a smaller one is in every larger."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    return [rows[i] for i in sorted(order[: max(1, round(fraction * len(rows)))])]
 
 
 def read_csv(path: Path) -> list[tuple[str, dict]]:

@@ -46,14 +46,16 @@ class TrainingData:
         limit = branch_limit(model) if size > 1 else None
         bad_rows = BadRows(data.max_bad_rows if data.on_bad_row == "skip" else None)
 
-        def dataset(task, chats_per_sample=size):
+        def dataset(task):
+            replayed = task is data.replay
             scored = task is data.task or task == data.task
             watched = config.retention if scored else None
             kind = StreamDataset if task.streaming else ConversationDataset
             return kind(
-                task, "train", processor, chats_per_sample, seed=config.seed, branch_limit=limit,
-                held_out=watched.vision_samples if watched else 0, augmentation=data.augmentation,
-                bad_rows=bad_rows,
+                task, "train", processor, 1 if replayed else size, seed=config.seed,
+                branch_limit=limit, held_out=watched.vision_samples if watched else 0,
+                augmentation=data.augmentation, bad_rows=bad_rows,
+                fraction=1.0 if replayed else data.fraction,
             )  # fmt: skip
 
         parts = data.mixture or []
@@ -69,7 +71,7 @@ class TrainingData:
             align = mixture_of(*zip(*seeing, strict=True), config.seed) if seeing else rows
         else:
             align = rows
-        replay = None if data.replay is None else dataset(data.replay, chats_per_sample=1)
+        replay = None if data.replay is None else dataset(data.replay)
         instruct = rows
         if replay is not None:
             instruct = with_replay(rows, replay, data.replay_share, config.seed)

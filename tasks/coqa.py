@@ -39,7 +39,6 @@ class CoQA(TextTask):
     held_out: float = 0.2
 
     def __post_init__(self):
-        super().__post_init__()
         if not 0 < self.held_out < 1:
             raise ValueError(
                 f"task coqa: held_out is {self.held_out}; it must lie between 0 and 1."

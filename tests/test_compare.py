@@ -522,7 +522,7 @@ def test_a_row_is_compared_with_the_first_seed_by_seed():
     column = [row["accuracy less first row"] for row in under_columns(report)]
     assert column == ["-", "+3.0 [+0.5, +5.5]", "-10.0"]
     text = table.render(report)
-    assert "the difference to a, paired by seed" in text and "share of the data" in text
+    assert "the difference to a, paired by seed" in text and "rows of a data.fraction" in text
     lines = [line.split(",") for line in table.as_csv(report).splitlines()]
     written = dict(zip(lines[0], lines[2], strict=True))
     assert float(written["accuracy_less_first_low"]) == second["ci95"][0]

@@ -107,6 +107,8 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, old, new, message
         ("gate: sample", "gate: samples", "Did you mean 'sample'"),
         ("r: 4", "r: four", "model.adapter.r is 'four'; use a whole number.$"),
         ("gate:", "rank: otto\n  gate:", "model.rank is 'otto'; use auto, a whole number or null."),
+        ("data:", "data:\n  fraction: 0", "data.fraction is 0.*; it must lie above 0"),
+        ("data:", "data:\n  fraction: 1.5", "data.fraction is 1.5; it must lie above 0"),
         ("data:", "data:\n  replay_share: 1.0", "replay_share is 1.0; it must lie above 0"),
         ("data:", "data:\n  replay: {class_path: Mesages}", "replay: .*Did you mean 'Messages'"),
         ("max_steps: 8", "max_steps: many", "instruct.max_steps is 'many'; use a whole number.$"),

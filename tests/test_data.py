@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,6 +105,35 @@ def test_samples_are_cut_from_groups_in_the_order_of_the_file(tiny, keys, size, 
     expected = [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
     assert list(dataset.samples) == expected and len(dataset) == len(expected)
     assert expected == [] or dataset.samples[-1] == expected[-1]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_shares_are_nested_seeded_and_of_whole_groups(tiny, size):
+    chats = [[user(f"number {i}"), assistant("yes")] for i in range(40)]
+    chats[25] = [user("number 25"), user("twice")]
+    task = InMemory(chats=chats, keys=[f"picture {i // 4}" for i in range(40)])
+
+    def chosen(fraction, seed=0, held_out=0):
+        dataset = ConversationDataset(task, "train", tiny[1], size, held_out, seed,
+                                      fraction=fraction)  # fmt: skip
+        numbers = getattr(dataset.rows, "numbers", np.arange(40))
+        assert sorted(i for sample in dataset.samples for i in sample) == [
+            i for i in range(len(dataset.rows)) if i not in dataset.held_out
+        ]
+        return dataset, numbers.tolist()
+
+    shares = [chosen(f)[1] for f in (0.001, 0.1, 0.3, 1.0)]
+    assert [len(share) for share in shares] == ([1, 4, 12, 40] if size == 1 else [4, 4, 12, 40])
+    for small, large in pairwise(shares):
+        assert set(small) <= set(large) and small == sorted(small)
+    if size > 1:
+        assert all({i - i % 4 + k for k in range(4)} <= set(shares[2]) for i in shares[2])
+    assert chosen(0.3)[1] == shares[2] != chosen(0.3, seed=1)[1]
+    dataset, _ = chosen(0.3, held_out=4)
+    assert len(dataset.rows) == 12 and len(dataset.held_out) >= 4
+    seed = next(seed for seed in range(99) if 25 in chosen(0.3, seed)[1])
+    with pytest.raises(ValueError, match="in_memory row 25"):  # named as in the file
+        list(chosen(0.3, seed)[0])
 
 
 def test_the_same_rows_are_held_out_as_ever():

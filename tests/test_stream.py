@@ -240,6 +240,7 @@ REPLAY = ["--data.replay", "Messages", "--data.replay.init_args.train", "x.jsonl
         (["--instruct.max_steps", "-1"], "instruct.max_steps is missing; a stream has no end"),
         (["--instruct.train_sampling_strategy", "group_by_length"], "is group_by_length, but the"),
         (["--align.train_sampling_strategy", "sequential"], "align.train_sampling_strategy is s"),
+        (["--data.fraction", "0.5"], "data.fraction needs rows by number, .* to 1"),
         (["--data.chats_per_sample", "2"], "data.chats_per_sample needs rows by number, .* to 1"),
         (["--model.rank", "auto"], "model.rank needs rows by number"),
         (["--retention", "{}"], "retention needs rows by number.* set retention to null"),

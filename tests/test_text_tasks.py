@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -213,27 +212,6 @@ def test_e2e_learns_every_reference_and_scores_facts_once(e2e):
     found = e2e.metrics(["Try the food of A.", "See B at the river."], test)
     assert set(found) >= {"bleu", "rouge_l", "cider"}
     assert value(found["rouge_l"]) == 1 and e2e.score(["Try the food of A", "no"], test) == [1, 0]
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_shares_are_nested_seeded_and_of_training_rows_alone(e2e, seed):
-    def chosen(fraction, seed=seed):
-        task = E2E(e2e.train, e2e.test, fraction, seed)
-        assert len(task.rows("test")) == 2
-        return [row["where"] for row in task.rows("train")]
-
-    shares = [chosen(f) for f in (0.01, 0.1, 0.25, 1.0)]
-    assert [len(share) for share in shares] == [1, 4, 10, 40]
-    for small, large in pairwise(shares):
-        assert set(small) < set(large)
-        assert small == [where for where in large if where in small]  # in the order of the file
-    assert chosen(0.25) == shares[2] != chosen(0.25, seed + 1)
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.5])
-def test_a_share_that_is_none_is_refused(fraction):
-    with pytest.raises(ValueError, match=f"task e2e: fraction is {fraction}; it must lie above 0"):
-        E2E(fraction=fraction)
 
 
 def test_webnlg_knows_what_was_not_in_training(jsonl):

@@ -209,8 +209,8 @@ def notes(report: dict) -> list[str]:
         said.append("[95% interval]*: one seed, so over the test rows; says nothing about seeds")
     if "seeds" in kinds:
         said.append(
-            "seeds vary the start and order of training; the share of the data and the test rows "
-            "are the same for all, so intervals over seeds leave out what another share would give"
+            "seeds vary the start and order of training and the rows of a data.fraction; the test "
+            "rows are the same for all"
         )
     if len(report["rows"]) > 1:
         first = " ".join(report["rows"][0]["labels"].values())

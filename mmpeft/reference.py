@@ -15,6 +15,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from mmpeft import config
+from mmpeft.compare import grid
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.task import Task
@@ -31,13 +32,15 @@ PARTS = {
     "Adapters (`model.adapter`)": PeftConfig,
     "Tasks (`data.task`, `data.align`, `data.replay`)": Task,
 }
+GRID = {"Top level": grid.GridConfig, "`evaluate`": grid.ScoreConfig, "`retain`": grid.RetainConfig}
 LIBRARY = (TrainingArguments, PeftConfig)
 HEAD = """# Recipe keys
 
 Made from the code by `python -m mmpeft.reference`. A recipe is YAML; any key can be given on the
 command line, too: `--data.max_length 1024`. A part is named by its class:
 `connector: {class_path: MLPConnectorConfig, init_args: {hidden_size: 512}}`. Adapters of peft have
-peft's own keys; which there are, and what each does, is in [methods.md](methods.md).
+peft's own keys; which there are, and what each does, is in [methods.md](methods.md). What a grid of
+runs is made of stands at the end.
 """
 
 
@@ -57,6 +60,9 @@ def reference() -> str:
         for cls in config._subclasses(base):
             if cls.__module__.startswith("mmpeft.") and (base is not Task or "name" in vars(cls)):
                 text += [f"\n### `{cls.__name__}`\n", f"\n{summary(cls)}\n", table(cls)]
+    text.append("\n## Grids (`mmpeft compare GRID.yaml`)\n")
+    for name, cls in GRID.items():
+        text += [f"\n### {name}\n", f"\n{summary(cls)}\n", table(cls)]
     return "".join(text)
 
 

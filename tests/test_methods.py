@@ -41,6 +41,7 @@ def of_peft(peft_type, **options):
 
 NAMED = {  # by the papers, and what stands beside them
     "lora": lambda: LoraConfig(r=4, target_modules=TARGETS),
+    "pissa": lambda: LoraConfig(r=4, init_lora_weights="pissa", target_modules=TARGETS),
     "rslora": lambda: LoraConfig(r=4, use_rslora=True, target_modules=TARGETS),
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=TARGETS),
     "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
@@ -53,10 +54,14 @@ NAMED = {  # by the papers, and what stands beside them
     "houlsby": lambda: BottleneckConfig(bottleneck_size=8),
     "parallel": lambda: BottleneckConfig(bottleneck_size=8, placement="parallel"),
     "adamix": lambda: AdaMixConfig(bottleneck_size=8),
+    "adamix on lora": lambda: AdaMixConfig(kind="lora", bottleneck_size=4, target_modules=TARGETS),
     "propelt": lambda: ProPELTConfig(),
+    "propelt on lora": lambda: ProPELTConfig(kind="lora", target_modules=TARGETS),
     "bitfit": lambda: BitFitConfig(add_biases=True),
     "full": FullTuningConfig,
-    "prefix": lambda: PrefixConfig(num_virtual_tokens=3),
+    "partial": lambda: FullTuningConfig(target_modules=["down_proj"]),
+    "p-tuning v2": lambda: PrefixConfig(num_virtual_tokens=3),
+    "prefix": lambda: PrefixConfig(num_virtual_tokens=3, hidden_size=8),
     "adaptive prefix": lambda: AdaptivePrefixConfig(num_virtual_tokens=3),
     "prompt": lambda: PromptConfig(num_virtual_tokens=3),
     "p-tuning": lambda: PTuningConfig(num_virtual_tokens=3),

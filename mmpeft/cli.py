@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
 
@@ -15,13 +16,31 @@ def main(argv: list[str] | None = None) -> int:
     # peft asks transformers by a name that the latter renamed; nothing a user could do about it
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     try:
-        return arguments.command(arguments) or 0
+        code = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _no_one_reads():
+            return 128 + 13  # as of a command that SIGPIPE ends
         print(f"mmpeft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # training says how to go on, and which signal it was
         print(f"mmpeft: interrupted{str(stop) and f'; {stop}'}", file=sys.stderr)
         return getattr(stop, "code", 130)
+
+
+def _no_one_reads() -> bool:
+    """Whether standard output is a pipe whose reader has left; from then on it goes nowhere."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return False
+    out, poll = sys.stdout.fileno(), select.poll()
+    poll.register(out, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return gone
 
 
 def build_parser() -> argparse.ArgumentParser:

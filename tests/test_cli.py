@@ -9,6 +9,8 @@ import pytest
 from mmpeft import cli
 from mmpeft.train import train
 
+from .conftest import assistant, user
+
 
 @pytest.fixture
 def run(recipe):
@@ -78,12 +80,31 @@ def test_help_teaches(name, capsys):
     assert stop.value.code == 0 and f"mmpeft {name}" in examples
 
 
+def test_the_module_has_the_exit_code_of_the_command(tmp_path):
+    missing = [sys.executable, "-m", "mmpeft", "data", "check", str(tmp_path / "gone.jsonl")]
+    assert subprocess.run(missing, capture_output=True).returncode == 2
+
+
 def test_help_is_instant():
     slow = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "mmpeft", "--help"],
         capture_output=True, text=True, check=True,
     ).stderr  # fmt: skip
     assert not any(f" {m}\n" in slow for m in ("torch", "transformers", "peft", "timm"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_leaves_is_no_error(jsonl):
+    """``mmpeft data check FILE | head``."""
+    path = jsonl([{"messages": [user("?"), assistant("yes")]}])
+    command = subprocess.Popen(
+        [sys.executable, "-m", "mmpeft", "data", "check", str(path), "--json"],
+        text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    command.stdout.close()
+    said = command.stderr.read()
+    assert command.wait() == 141 and "error" not in said.lower()
 
 
 def test_options_are_spelt_either_way():

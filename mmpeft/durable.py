@@ -136,9 +136,13 @@ def seal(folder: Path, checksums: bool = True) -> None:
     for path in folder.rglob("*"):
         _sync(path)
     if checksums:
-        found = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in _files(folder)}
-        write(folder / CHECKSUMS, json.dumps(found, indent=1) + "\n")
+        write(folder / CHECKSUMS, json.dumps(fingerprints(folder), indent=1) + "\n")
     _sync(folder)
+
+
+def fingerprints(folder: Path) -> dict[str, dict]:
+    """SHA-256 and size of every file, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): _fingerprint(path) for path in _files(folder)}
 
 
 def problem(folder: Path) -> str | None:

@@ -82,7 +82,7 @@ def test_help_teaches(name, capsys):
 
 def test_the_module_has_the_exit_code_of_the_command(tmp_path):
     missing = [sys.executable, "-m", "mmpeft", "data", "check", str(tmp_path / "gone.jsonl")]
-    assert subprocess.run(missing, capture_output=True).returncode == 2
+    assert subprocess.run(missing, capture_output=True, cwd=tmp_path).returncode == 2
 
 
 def test_help_is_instant():
@@ -99,8 +99,7 @@ def test_a_reader_that_leaves_is_no_error(jsonl):
     path = jsonl([{"messages": [user("?"), assistant("yes")]}])
     command = subprocess.Popen(
         [sys.executable, "-m", "mmpeft", "data", "check", str(path), "--json"],
-        text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     command.stdout.close()
     said = command.stderr.read()

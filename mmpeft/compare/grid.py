@@ -1,6 +1,7 @@
 """A grid: a recipe, what varies in it, and what is measured of every cell."""
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpeft import __version__
+from mmpeft import __version__, durable
 from mmpeft.checkpoint import find_checkpoint
 from mmpeft.config import RunConfig, from_mapping
 from mmpeft.config_errors import did_you_mean
@@ -153,7 +154,7 @@ def load_grid(path) -> tuple[GridConfig, dict, list[Cell]]:
     raw = read_yaml(path, "grid")
     grid = from_mapping(GridConfig, raw, path, SECTIONS)
     base = read_yaml(path.parent / grid.recipe, f"{path}: recipe")
-    cells = []
+    cells, checksums = [], functools.cache(fingerprint)  # once, however many cells start there
     for number, seed in enumerate(grid.seeds):
         for labels in combinations(grid):
             sets = [grid.overrides, *(grid.axes[axis][label] for axis, label in labels.items())]
@@ -161,10 +162,10 @@ def load_grid(path) -> tuple[GridConfig, dict, list[Cell]]:
             for key, value in (pair for one in sets for pair in one.items()):
                 put(recipe, key, value, path)
             recipe |= {"seed": seed, "output_dir": "run"}
-            cell = Cell(labels, seed, recipe, step_hashes(recipe, raw))
             if number == 0:  # seeds make no difference to whether it can be read
                 from_mapping(RunConfig, recipe, f"{path}: {','.join(labels.values())}")
-            cells.append(cell)
+            start = checksums(recipe["model"].get("start_from"))
+            cells.append(Cell(labels, seed, recipe, step_hashes(recipe, raw, start)))
     if not cells:
         raise ValueError(f"{path}: only and exclude leave no cell to run.")
     return grid, raw, cells
@@ -198,12 +199,11 @@ def put(recipe: dict, key: str, value, where) -> None:
     at[last] = copy.deepcopy(value)
 
 
-def step_hashes(recipe: dict, raw: dict) -> dict[str, str]:
+def step_hashes(recipe: dict, raw: dict, start: dict | None) -> dict[str, str]:
     """The recipe, the step's settings and mmpeft's version, hashed. No retention, no key for it.
 
-    Of a bridge that training starts from, where it lies on disk, what its files hold counts too.
+    ``start`` is the :func:`fingerprint` of a bridge that training starts from.
     """
-    start = fingerprint((recipe.get("model") or {}).get("start_from"))
     train = _hash([__version__, recipe] + ([] if start is None else [start]))
     score = {k: v for k, v in (raw.get("evaluate") or {}).items() if k != "metric"}  # is only shown
     keys = {"train": train, "score": _hash([train, score])}
@@ -212,16 +212,14 @@ def step_hashes(recipe: dict, raw: dict) -> dict[str, str]:
     return keys
 
 
-def fingerprint(start) -> dict[str, str] | None:
-    """SHA-256 of each file of a bridge on disk; ``None`` where there is none (yet)."""
+def fingerprint(start: str | None) -> dict | None:
+    """Checksums of the files of a bridge on disk; ``None`` where there is none (yet)."""
+    if start is None or not Path(start).exists():
+        return None
     try:
-        folder = find_checkpoint(start) if start and Path(start).exists() else None
+        return durable.fingerprints(find_checkpoint(start))
     except FileNotFoundError:
-        folder = None
-    return folder and {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+        return None
 
 
 def read_yaml(path, what: str) -> dict:

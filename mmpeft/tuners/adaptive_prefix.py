@@ -16,9 +16,9 @@ class AdaptivePrefixConfig(PrefixConfig):
     """Prefix tuning whose tokens have weights that the text decides: lambda * alpha * (K, V).
 
     Alpha, in (0, 1), is a gate for each token of a layer's prefix, made of the hidden state that
-    enters the layer's attention: ``sigmoid(W h)``. Lambda is a learned factor of the layer. The
-    paper's encoders make one alpha for the whole text; a causal LLM must not know what follows, so
-    each position has its own, made of its own state. W begins at 0 (alpha at 1/2), lambda at 1.
+    enters the layer's attention: ``sigmoid(W h)``. Lambda is a learned factor of the layer. In a
+    causal LLM a position must not know what follows, so each has its own alpha, made of its own
+    state behind the layer's norm. W begins at 0 (alpha at 1/2), lambda at 1.
     """
 
     method: ClassVar[str] = "MMPEFT_ADAPTIVE_PREFIX"

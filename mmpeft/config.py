@@ -561,7 +561,7 @@ def _parsed(cls: type, where, sections: dict, parse) -> tuple:
 def _known(sections: dict) -> Known:
     return Known(
         keys={name: where for where, cls in sections.items() for name in _keys(cls)},
-        options=_keys(*_all_parts()),
+        options={c.__name__: _keys(c) for c in _all_parts() if dataclasses.is_dataclass(c)},
         classes={name: [c.__name__ for c in _subclasses(base)] for name, base in _BASES.items()},
     )
 

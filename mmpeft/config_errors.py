@@ -11,12 +11,12 @@ class Known(NamedTuple):
 
     Attributes:
         keys: by each key of its own sections, the prefix of the section, as ``"data."``.
-        options: the keys of its parts, too.
+        options: by each class of a part, the options that it takes.
         classes: by each field that names a class, the classes it may name.
     """
 
     keys: Mapping[str, str]
-    options: Collection[str]
+    options: Mapping[str, Collection[str]]
     classes: Mapping[str, list[str]]
 
 
@@ -25,6 +25,7 @@ UNKNOWN_KEY = re.compile(
     r"|does not accept option '([\w.]+)'"
     r"|nrecognized arguments: --([\w.]+)"
 )
+UNKNOWN_OPTION = re.compile(r"class_path '(?:\w+\.)*(\w+)': Option '(\w+)' is not accepted")
 UNKNOWN_CLASS = re.compile(
     r'key "(?:\w+\.)*(\w+)":\s.*?Expected a dot import path string: (\w+)', re.DOTALL
 )
@@ -40,6 +41,9 @@ TYPES = {
 def explain(message: str, known: Known) -> str:
     """An error of jsonargparse in one line, with the nearest valid key, class or value."""
     message = " ".join(message.split())
+    if (found := UNKNOWN_OPTION.search(message)) and found[1] in known.options:
+        hint = did_you_mean(found[2], known.options[found[1]])
+        return f"unknown key {found[2]!r} of {found[1]}.{hint}"
     if found := UNKNOWN_KEY.search(message):
         return _unknown_key(next(filter(None, found.groups())), known)
     if found := UNKNOWN_CLASS.search(message):
@@ -49,12 +53,14 @@ def explain(message: str, known: Known) -> str:
 
 
 def _unknown_key(key: str, known: Known) -> str:
-    every = known.keys.keys() | set(known.options)
+    of_parts = set().union(*known.options.values())
+    every = known.keys.keys() | of_parts
     wrong = next((part for part in key.split(".") if part not in every), None)
     if wrong is None:  # every word exists, only not here
         wrong = key.split(".")[-1]
         if wrong in known.keys:
             return f"unknown key {key!r}. Did you mean {known.keys[wrong] + wrong!r}?"
+        return f"unknown key {key!r}: {wrong} is an option of a part, write it under its init_args."
     near_ours = difflib.get_close_matches(wrong, known.keys, n=1, cutoff=0.7)
     return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or every)}"
 

@@ -27,6 +27,10 @@ VISION = "--model.vision_encoder.init_args"
         (["--model.resolution.max_area", "9"], ["max_area is 9", "set mode to tiles or native"]),
         (["--model.connector.init_args.hidden_sise", "8"],
          ["unknown key 'hidden_sise'", "Did you mean 'hidden_size'"]),
+        (["--model.connector.init_args.lora_alpha", "8"],  # is known, of another class
+         ["unknown key 'lora_alpha' of MLPConnectorConfig. Known: ", "hidden_size"]),
+        (["--data.lora_alpha", "8"],
+         ["'data.lora_alpha': lora_alpha is an option of a part", "init_args"]),
         (["--model.connector", "MLPConectorConfig"], ["Did you mean 'MLPConnectorConfig'"]),
         (["--model.connector", "PixelShuffleConnectorConfig",
           "--model.connector.init_args.factor", "3"], ["4 x 4", "3"]),

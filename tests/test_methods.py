@@ -82,7 +82,7 @@ OTHERS = {  # what else peft has
     }.items()
 }  # fmt: skip
 METHODS = NAMED | OTHERS
-GATED = [(m, gate) for m in METHODS for gate in (GATES[1:] if m in NAMED else ["after_image"])]
+GATED = [(method, gate) for method in METHODS for gate in GATES[1:]]
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "output_logits": True,
             "return_dict_in_generate": True}  # fmt: skip
 

@@ -29,7 +29,7 @@ def assemble(
     makes the start that it takes out of the frozen weights.
     """
     from mmpeft.adapters import attach_adapter
-    from mmpeft.config import to_spec
+    from mmpeft.spec import to_spec
 
     encoder = vision_encoder.build()
     llm = load_language_model(**language_model)
@@ -141,10 +141,10 @@ def choose_adapter(parts: dict, adapter, gate: str | None, directory) -> dict:
 
 def saved_parts(config, directory) -> dict:
     """The arguments of :func:`assemble` that a checkpoint's config stands for."""
-    from mmpeft.config import from_spec
     from mmpeft.connector import ConnectorConfig
     from mmpeft.encoder import VisionEncoderConfig
     from mmpeft.layout import ResolutionConfig
+    from mmpeft.spec import from_spec
 
     resolution = config.resolution
     return {
@@ -199,6 +199,8 @@ def _require_same_keys(state, expected, file) -> None:
 def adapter_config(directory):
     """The peft config of a checkpoint, to be filled with weights; ``None`` without adapter."""
     from peft import PeftConfig
+
+    import mmpeft.tuners  # noqa: F401 (importing them makes peft know them)
 
     folder = Path(directory) / ADAPTER_FOLDER
     if not folder.is_dir():

@@ -5,18 +5,13 @@ short name) with ``init_args``; misspelt keys are refused with the nearest valid
 """
 
 import dataclasses
-import importlib
-import os
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from peft import PeftConfig
 from torchvision.transforms.v2 import Transform
-from transformers import TrainingArguments
 
 import mmpeft.connectors
 import mmpeft.tasks
@@ -25,6 +20,9 @@ from mmpeft.config_errors import Known, explain
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.layout import ResolutionConfig
+from mmpeft.spec import from_spec
+from mmpeft.speed import SpeedConfig
+from mmpeft.stage import StageConfig
 from mmpeft.task import Task
 
 
@@ -223,81 +221,6 @@ class DataConfig:
 
 
 @dataclass
-class StageConfig(TrainingArguments):
-    """One training stage: transformers' TrainingArguments, and a learning rate per part.
-
-    Attributes:
-        connector_learning_rate: peak learning rate of the connector.
-        adapter_learning_rate: peak learning rate of the adapter.
-        freeze_connector: train the adapter alone; nothing below its first layer then has a graph.
-        kl_weight: weight of the KL to the base in the loss, in nats a token: in rows of text alone,
-            of data.replay and of any other task that has some, where the LLM speaks, the bridge is
-            held to what the LLM says with its adapter off. metrics.jsonl has the divergence as
-            kl_to_base; loss is the sum of both.
-        bf16: as transformers' (autocast to bfloat16), also where there is a CPU alone.
-        train_sampling_strategy: order of the samples: random, sequential, or group_by_length, whose
-            batches are all with pictures or all without, but for the last one or two of a pass, and
-            about equally long; less padding where there is no packing, and steps of one kind.
-        dataloader_num_workers: processes that make samples; null is up to 4 for a CUDA device, as
-            far as there are CPU cores beside the one that trains, and otherwise 0: on a CPU,
-            samples are a hundredth of the work, and workers would take its cores.
-        dataloader_pin_memory: page-locked batches, copied while the device computes; null is: for
-            a CUDA device.
-        dataloader_persistent_workers: keep the workers from epoch to epoch; null is: if any.
-    """
-
-    output_dir: str | None = None  # set from the run folder
-    connector_learning_rate: float = 1e-3
-    adapter_learning_rate: float = 2e-4
-    freeze_connector: bool = False
-    kl_weight: float = 0.0
-    logging_steps: float = 10
-    save_steps: float = 100
-    save_total_limit: int | None = 2
-    lr_scheduler_type: str = "cosine"
-    report_to: str | list[str] = "none"
-    remove_unused_columns: bool = False
-    dataloader_num_workers: int | None = None
-    dataloader_pin_memory: bool | None = None
-    dataloader_persistent_workers: bool | None = None
-    disable_tqdm: bool | None = False
-
-    def __post_init__(self):
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more.")
-        if self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy batch_rebalance evens out several processes, training "
-                "runs in one; use group_by_length."
-            )
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile would compile the whole bridge anew for every length; set "
-                "speed.compile: on, which compiles the LLM's layers for all of them."
-            )
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        cuda = torch.cuda.is_available() and not self.use_cpu
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = max(0, min(4, _free_cores())) if cuda else 0
-        if self.dataloader_pin_memory is None:
-            self.dataloader_pin_memory = cuda
-        if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        if self.dataloader_num_workers:  # a tokenizer with threads warns when it is forked
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        super().__post_init__()
-
-
-def _free_cores() -> int:
-    """CPU cores for each training process of this machine, beside its own."""
-    if hasattr(os, "sched_getaffinity"):  # a container may be given fewer than there are
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-
-
-@dataclass
 class RetentionConfig:
     """Text skills while training: a mini-suite every few steps of stage instruct.
 
@@ -358,55 +281,6 @@ class RankSearchConfig:
         for name in ("steps", "validation"):
             if (value := getattr(self, name)) is not None and value < 2:
                 raise ValueError(f"rank_search.{name} is {value}; it must be 2 or more.")
-
-
-@dataclass
-class SpeedConfig:
-    """Work that need not be done. Each lever is on by default and switched off by its field.
-
-    All are exact up to rounding; the features of a float32 encoder are rounded on purpose, see
-    ``feature_cache_dtype``.
-
-    Attributes:
-        feature_cache: keep the frozen encoder's features on disk: on, off, or auto (on where
-            reading them is measured to be quicker than encoding).
-        feature_cache_dir: folder of the features, shared by runs; null is the user's cache.
-        feature_cache_gb: most that the folder may hold, in 10^9 bytes.
-        feature_cache_dtype: what features of a float32 encoder are rounded to under on and auto,
-            kept or not; float32 takes twice the room and changes nothing. Those of a 16-bit encoder
-            stay as they are.
-        packing: samples of a batch in one row without padding, none sees another.
-        pad_to_multiple_of: length of rows is rounded up, so that few different shapes occur, whose
-            kernels are prepared once; 1 does not.
-        supervised_logits: the vocabulary projection and the loss at learned positions only.
-        logits_chunk: learned positions whose logits exist at a time, for large vocabularies; null
-            is all at once.
-        compile: torch.compile of the LLM's layers: on, off, or auto (on in stages long enough to
-            win back the minute it takes, where a compiler is found).
-    """
-
-    feature_cache: Literal["auto", "on", "off"] | bool = "auto"
-    feature_cache_dir: str | None = None
-    feature_cache_gb: float = 20.0
-    feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    packing: bool = True
-    pad_to_multiple_of: int = 32
-    supervised_logits: bool = True
-    logits_chunk: int | None = 2048
-    compile: Literal["auto", "on", "off"] | bool = "auto"
-
-    def __post_init__(self):
-        for name in ("feature_cache", "compile"):  # YAML reads a bare on or off as true or false
-            if isinstance(value := getattr(self, name), bool):
-                setattr(self, name, "on" if value else "off")
-        for name in ("pad_to_multiple_of", "logits_chunk"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"speed.{name} is {value}; it must be 1 or more.")
-        if self.feature_cache_gb <= 0:
-            raise ValueError(
-                f"speed.feature_cache_gb is {self.feature_cache_gb}; it must be above 0. Set "
-                "speed.feature_cache: off to keep no features."
-            )
 
 
 STAGES = ("align", "instruct")
@@ -604,52 +478,3 @@ def task_of_run(run) -> Task | None:
         return None
     data = yaml.safe_load(path.read_text())["data"]
     return from_spec(data.get("task") or data["mixture"][0]["task"], Task)
-
-
-# ------------------------------------------------------------------ parts inside a checkpoint
-
-
-def to_spec(part) -> dict:
-    """A part's config as ``{"class_path", "init_args"}``, parts within it likewise."""
-    cls = type(part)
-    return {
-        "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": {f.name: _plain(getattr(part, f.name)) for f in dataclasses.fields(part)},
-    }
-
-
-def _plain(value):
-    if dataclasses.is_dataclass(value):
-        return to_spec(value)
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def from_spec(spec: dict, base: type):
-    """The part's config back.
-
-    A checkpoint may only name classes of mmpeft, or of modules the caller has imported: loading
-    never imports, and so never runs, code that a checkpoint chooses.
-
-    Raises:
-        ValueError: another module, no subclass of ``base``, or unknown options.
-    """
-    path = spec["class_path"]
-    module, _, name = path.rpartition(".")
-    if module.startswith("mmpeft."):
-        importlib.import_module(module)
-    elif module not in sys.modules:
-        raise ValueError(f"the checkpoint uses {path}; import {module} before loading it.")
-    cls = getattr(sys.modules[module], name, None)
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise ValueError(f"the checkpoint names {path}, which is no {base.__name__}.")
-    known = {f.name for f in dataclasses.fields(cls)}
-    options = spec.get("init_args", {})
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"the checkpoint sets unknown options {unknown} of {path}.")
-    return cls(**{name: _built(value, base) for name, value in options.items()})
-
-
-def _built(value, base: type):
-    if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
-        return from_spec(value, base)
-    return [_built(one, base) for one in value] if isinstance(value, list) else value

@@ -18,13 +18,15 @@ from mmpeft import config
 from mmpeft.compare import grid
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
+from mmpeft.speed import SpeedConfig
+from mmpeft.stage import StageConfig
 from mmpeft.task import Task
 
 SECTIONS = {
     "": config.RunConfig, "model": config.ModelConfig, "model.resolution": config.ResolutionConfig,
-    "data": config.DataConfig, "align and instruct": config.StageConfig,
+    "data": config.DataConfig, "align and instruct": StageConfig,
     "retention": config.RetentionConfig, "rank_search": config.RankSearchConfig,
-    "speed": config.SpeedConfig,
+    "speed": SpeedConfig,
 }  # fmt: skip
 PARTS = {
     "Vision encoders (`model.vision_encoder`)": VisionEncoderConfig,
@@ -53,7 +55,7 @@ def reference() -> str:
             f"\n{summary(cls)}\n",
             table(cls),
         ]
-        if cls is config.StageConfig:
+        if cls is StageConfig:
             text.append("\nAnd every key of transformers' `TrainingArguments`.\n")
     for title, base in PARTS.items():
         text.append(f"\n## {title}\n")

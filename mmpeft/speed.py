@@ -3,6 +3,8 @@
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,6 +14,55 @@ from mmpeft.language_model import attention_window, context_length
 
 # compiling takes about a minute, which so many steps win back
 STEPS_WORTH_COMPILING = 200
+
+
+@dataclass
+class SpeedConfig:
+    """Work that need not be done. Each lever is on by default and switched off by its field.
+
+    All are exact up to rounding; the features of a float32 encoder are rounded on purpose, see
+    ``feature_cache_dtype``.
+
+    Attributes:
+        feature_cache: keep the frozen encoder's features on disk: on, off, or auto (on where
+            reading them is measured to be quicker than encoding).
+        feature_cache_dir: folder of the features, shared by runs; null is the user's cache.
+        feature_cache_gb: most that the folder may hold, in 10^9 bytes.
+        feature_cache_dtype: what features of a float32 encoder are rounded to under on and auto,
+            kept or not; float32 takes twice the room and changes nothing. Those of a 16-bit encoder
+            stay as they are.
+        packing: samples of a batch in one row without padding, none sees another.
+        pad_to_multiple_of: length of rows is rounded up, so that few different shapes occur, whose
+            kernels are prepared once; 1 does not.
+        supervised_logits: the vocabulary projection and the loss at learned positions only.
+        logits_chunk: learned positions whose logits exist at a time, for large vocabularies; null
+            is all at once.
+        compile: torch.compile of the LLM's layers: on, off, or auto (on in stages long enough to
+            win back the minute it takes, where a compiler is found).
+    """
+
+    feature_cache: Literal["auto", "on", "off"] | bool = "auto"
+    feature_cache_dir: str | None = None
+    feature_cache_gb: float = 20.0
+    feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    packing: bool = True
+    pad_to_multiple_of: int = 32
+    supervised_logits: bool = True
+    logits_chunk: int | None = 2048
+    compile: Literal["auto", "on", "off"] | bool = "auto"
+
+    def __post_init__(self):
+        for name in ("feature_cache", "compile"):  # YAML reads a bare on or off as true or false
+            if isinstance(value := getattr(self, name), bool):
+                setattr(self, name, "on" if value else "off")
+        for name in ("pad_to_multiple_of", "logits_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"speed.{name} is {value}; it must be 1 or more.")
+        if self.feature_cache_gb <= 0:
+            raise ValueError(
+                f"speed.feature_cache_gb is {self.feature_cache_gb}; it must be above 0. Set "
+                "speed.feature_cache: off to keep no features."
+            )
 
 
 def can_pack(model, max_length: int | None) -> bool:

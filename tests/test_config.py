@@ -1,11 +1,15 @@
 """Recipes: typed, overridable, and strict about names."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from mmpeft import config
+from mmpeft.stage import StageConfig
 
 SHIPPED = sorted(Path(str(files("mmpeft.configs"))).glob("*.yaml"))
 
@@ -160,19 +164,19 @@ def test_a_model_without_a_part_says_which(tmp_path):
 def test_workers_are_for_a_device_that_would_wait(
     monkeypatch, cuda, cores, processes, given, workers
 ):
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(config.TrainingArguments, "__post_init__", lambda self: None)
-    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")  # so that it is put back
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    stage = config.StageConfig(dataloader_num_workers=given)
+    stage = StageConfig(dataloader_num_workers=given)
     assert stage.dataloader_num_workers == workers
     assert stage.dataloader_persistent_workers == (workers > 0)
     assert stage.dataloader_pin_memory == cuda
-    quiet = config.os.environ.get("TOKENIZERS_PARALLELISM")
+    quiet = os.environ.get("TOKENIZERS_PARALLELISM")
     assert quiet == ("false" if workers else None)
-    kept = config.StageConfig(
+    kept = StageConfig(
         dataloader_num_workers=3, dataloader_pin_memory=False, dataloader_persistent_workers=False
     )
     assert not kept.dataloader_pin_memory and not kept.dataloader_persistent_workers

@@ -220,8 +220,8 @@ def test_unknown_names(config, message):
 
 
 def test_old_specs_still_name_the_class():
-    from mmpeft.config import from_spec, to_spec
     from mmpeft.encoder import VisionEncoderConfig
+    from mmpeft.spec import from_spec, to_spec
 
     spec = {"class_path": "mmpeft.encoder.TimmEncoderConfig", "init_args": {"name": "test_vit"}}
     config = from_spec(spec, VisionEncoderConfig)

@@ -12,6 +12,7 @@ from mmpeft.encoder import (
     VisionEncoderConfig,
     weights_hash,
 )
+from mmpeft.spec import from_spec, to_spec
 
 from .test_config import write_recipe
 from .test_encoder import pixels
@@ -149,7 +150,7 @@ def test_named_in_a_recipe_and_in_a_checkpoint(tmp_path):
         "TimmEncoderConfig", "OpenClipEncoderConfig",
     ]  # fmt: skip
     assert (encoder.join, encoder.name, encoder.encoders[0].tokens) == ("tokens", "a + b", "all")
-    spec = configuration.to_spec(encoder)
-    assert configuration.from_spec(spec, VisionEncoderConfig) == encoder
+    spec = to_spec(encoder)
+    assert from_spec(spec, VisionEncoderConfig) == encoder
     recipe.write_text(resolved)
     assert configuration.load(recipe)[0].model.vision_encoder == encoder

@@ -1,6 +1,8 @@
 """Every PEFT method keeps the bridge's promises: one test for all."""
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -213,3 +215,16 @@ def test_checkpoint_holds_what_was_trained_and_no_more(bridge, images, tmp_path,
     shapes = {tuple(p.shape) for p in frozen if p.dim() == 2 and p.numel() > 64 * 64}
     assert not any(tuple(v.shape) in shapes for v in saved.values())
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"]
+
+
+def test_a_new_process_reads_a_method_of_ours(bridge, tmp_path):
+    model, _ = bridge("houlsby")
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys; from mmpeft import BridgeForConditionalGeneration as Bridge; "
+        "print(Bridge.from_pretrained(sys.argv[1]).config.gate)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "none"

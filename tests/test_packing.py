@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from mmpeft.attention import ATTENTION, attention, serve_packed_rows
-from mmpeft.config import SpeedConfig
 from mmpeft.data import Collator, ConversationDataset
 from mmpeft.gate import GATES
 from mmpeft.packing import Block, PackedRow, share_prefix
-from mmpeft.speed import choose_logits
+from mmpeft.speed import SpeedConfig, choose_logits
 
 from .conftest import assistant, user
 from .test_data import InMemory, row

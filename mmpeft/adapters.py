@@ -66,11 +66,9 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
     # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
     causal = adapter.task_type or "CAUSAL_LM"
     adapter.task_type = None if language_model.config.model_type == "mpt" else causal
-    before = _logits(language_model)
+    before = probe(language_model)
     wrapped = wrap(language_model, adapter, new)
-    with wrapped.disable_adapter():
-        changed = before is not None and not torch.equal(before, _logits(wrapped))
-    if changed:
+    if before is not None and not is_base_when_off(wrapped, before):
         raise ValueError(
             f"adapter {type(adapter).__name__} changes the frozen weights, and the base LLM could "
             "not be had back by switching it off; choose another method, or another way to start."
@@ -97,8 +95,14 @@ def _resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
         adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
 
 
+def is_base_when_off(wrapped, before: Tensor) -> bool:
+    """Whether a ``PeftModel`` that is switched off gives what the LLM gave to :func:`probe`."""
+    with wrapped.disable_adapter():
+        return torch.equal(before, probe(wrapped))
+
+
 @torch.no_grad()
-def _logits(language_model: nn.Module) -> Tensor | None:
+def probe(language_model: nn.Module) -> Tensor | None:
     """Logits of a few tokens; ``None`` where there are no weights yet."""
     table = language_model.get_input_embeddings().weight
     if table.device.type == "meta":

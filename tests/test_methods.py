@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -215,6 +223,17 @@ def test_checkpoint_holds_what_was_trained_and_no_more(bridge, images, tmp_path,
     shapes = {tuple(p.shape) for p in frozen if p.dim() == 2 and p.numel() > 64 * 64}
     assert not any(tuple(v.shape) in shapes for v in saved.values())
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"]
+
+
+@pytest.mark.parametrize("method", NAMED)
+def test_the_adapter_folder_alone_is_read_by_peft(bridge, llm_dir, tmp_path, method):
+    model, processor = bridge(method)
+    model.eval().save_pretrained(tmp_path)
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    alone = PeftModel.from_pretrained(llm, tmp_path / "adapter").eval()
+    batch = model_inputs(processor, [[user("hello")], [user("a rather longer question")]])
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(alone(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_new_process_reads_a_method_of_ours(bridge, tmp_path):

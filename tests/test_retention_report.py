@@ -449,6 +449,24 @@ def test_an_adapter_that_does_nothing_is_refused(llm_dir, report_of, tmp_path):
         report_of(open_sides(llm_dir, adapter))
 
 
+def test_an_adapter_that_is_not_the_base_when_off_is_refused(llm_dir, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = saved_adapter(llm_dir, tmp_path / "adapter", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="merge it .* and compare the two checkpoints"):
+        open_sides(llm_dir, adapter, dtype="float32")
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(llm, adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(llm_dir).save_pretrained(tmp_path / "merged")
+    sides = open_sides(llm_dir, str(tmp_path / "merged"), dtype="float32")
+    questions = [Question((5, 6, 7), (8, 9)), Question((9,), (10,))]
+    plain = CheckpointSides(llm_dir, llm_dir, dtype="float32")
+    assert score(sides, "base", questions) == score(plain, "base", questions)
+    assert score(sides, "bridge", questions) != score(plain, "base", questions)
+
+
 def test_tasks_in_chat_form_are_skipped_without_a_template(llm_dir, report_of, tmp_path):
     sides = open_sides(llm_dir, saved_adapter(llm_dir, tmp_path / "adapter"))
     sides.tokenizer.chat_template = None

@@ -282,11 +282,14 @@ def open_sides(base: str, tuned: str, dtype: str = "auto", device: str | None = 
         dtype: floating type both are run in; "auto" is what each was saved in.
 
     Raises:
-        ValueError: one cannot be loaded, or they cannot be compared.
+        ValueError: one cannot be loaded, or they cannot be compared: an adapter may have changed
+            the base's own weights, so that the base would not come back with it switched off.
     """
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import mmpeft.tuners  # noqa: F401 (importing them makes peft know them)
+    from mmpeft.adapters import is_base_when_off, probe
     from mmpeft.starter import resolve
 
     base, tuned = str(resolve(base)), str(resolve(tuned))
@@ -297,8 +300,16 @@ def open_sides(base: str, tuned: str, dtype: str = "auto", device: str | None = 
         PeftConfig.from_pretrained(tuned)  # says at once what is wrong with it
         with readable(base):
             llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        before = probe(llm)
         with readable(tuned):  # peft would read a pickle where there is nothing else
-            model = PeftModel.from_pretrained(llm, tuned).to(device).eval()
+            model = PeftModel.from_pretrained(llm, tuned).eval()
+        if not is_base_when_off(model, before):
+            raise ValueError(
+                f"{tuned!r} changes the weights of {base!r} itself (init_lora_weights such as "
+                "pissa, or bias), so switched off it is not the base; merge it (peft's "
+                "merge_and_unload, then save_pretrained) and compare the two checkpoints"
+            )
+        model = model.to(device)
         return AdapterSides(model, with_padding(AutoTokenizer.from_pretrained(base)), (base, tuned))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

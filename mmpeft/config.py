@@ -24,6 +24,7 @@ from mmpeft.spec import from_spec
 from mmpeft.speed import SpeedConfig
 from mmpeft.stage import StageConfig
 from mmpeft.task import Task
+from mmpeft.yaml_file import refuse_repeated_keys
 
 
 @dataclass
@@ -391,6 +392,7 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {path} does not exist.")
+    refuse_repeated_keys(Path(path).read_text(encoding="utf-8"), path)
     words = ["--config", str(path), *overrides]
     return _parsed(RunConfig, path, _SECTIONS, lambda run_parser: run_parser.parse_args(words))
 

@@ -1,7 +1,5 @@
 """What tasks of text alone share: files, a share to learn from, errors that name the row."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +72,10 @@ class GenerationTask(TextTask):
 
 def read_csv(path: Path) -> list[tuple[str, dict]]:
     """``(where, row)`` of a CSV file with a header, in UTF-8; rows count from 1."""
-    table = csv.DictReader(io.StringIO(_text(path), newline=""))
-    return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
+    from mmpeft.formats.table import read_csv as read
+
+    table = read(path, str(path), ",")
+    return [(f"{path} row {n}", row) for n, row in enumerate(table.scan(0, len(table)), 1)]
 
 
 def read_json(path: Path) -> Any:

@@ -66,11 +66,11 @@ class CoQA(TextTask):
         return here and os.path.samefile(*paths)
 
     def _part(self, stories: list[dict], split: str) -> list[dict]:
-        order = list(range(len(stories)))
-        random.Random(0).shuffle(order)
-        count = max(1, round(self.held_out * len(order)))
-        chosen = order[:count] if split == "test" else order[count:]
-        return [stories[i] for i in sorted(chosen)]
+        texts = list(dict.fromkeys(story["story"] for story in stories))  # one may be there twice
+        random.Random(0).shuffle(texts)
+        count = max(1, round(self.held_out * len(texts)))
+        chosen = set(texts[:count] if split == "test" else texts[count:])
+        return [story for story in stories if story["story"] in chosen]
 
     def messages(self, row):
         chat = []

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school maths in words; the last number of the reply counts.
+"""GSM8K: grade-school maths in words; the final number of the reply counts.
 
 7,473 / 1,319 problems. Each line of a file is ``{"question": ..., "answer": ...}``, the answer with
 its steps and ``#### NUMBER`` at the end (https://github.com/openai/grade-school-math). Notes for a
@@ -10,10 +10,13 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from mmpeft.task import Metric
 from mmpeft.text_task import TextTask, field, read_jsonl
 
 # a minus stands directly before the number, and behind no other: 10-12 and x - 3 have none
-NUMBER = re.compile(r"(?:(?<![\w)\]}%])-)?(?:\$\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]}%])[-\u2212])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
 
 
 @dataclass
@@ -54,6 +57,15 @@ class GSM8K(TextTask):
             for reply, row in zip(replies, rows, strict=True)
         ]
 
+    def metrics(self, replies, rows) -> dict[str, Metric]:
+        """``accuracy`` of the final number; ``strict``: only where it stands behind ``####``.
+
+        As lm-eval's ``flexible-extract`` and ``strict-match``.
+        """
+        right = self.score(replies, rows)
+        marked = [one * ("####" in reply) for one, reply in zip(right, replies, strict=True)]
+        return {"accuracy": Metric(right), "strict": Metric(marked)}
+
 
 def final_number(text: str) -> Decimal | None:
     """The number behind the first ``####``, else the last in the text; ``None`` if there is none.
@@ -64,4 +76,5 @@ def final_number(text: str) -> Decimal | None:
     found = NUMBER.findall(behind if mark else text)
     if not found:
         return None
-    return Decimal(re.sub(r"[$,\s]", "", found[0 if mark else -1]))
+    number = found[0 if mark else -1].replace("\u2212", "-")
+    return Decimal(re.sub(r"[$,\s]", "", number))

@@ -1,17 +1,21 @@
 """mmpeft compare: what a grid means, cells as processes, resuming, and the table by hand."""
 
 import copy
+import fcntl
 import json
 import math
 import re
+import threading
 from importlib.resources import files
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 
 from mmpeft import __version__, checkpoint, cli
+from mmpeft.compare import cell as cell_module
 from mmpeft.compare import figures, run, table
 from mmpeft.compare import grid as grids
 from mmpeft.compare.cell import CellConfig, read_result, run_cell
@@ -156,6 +160,13 @@ def test_a_key_is_put_where_it_belongs():
         ({"exclude": [{"rank": [2, 4]}]}, "leave no cell to run"),
         ({"seeds": [1, 1]}, "seeds is .1, 1."),
         ({"evaluate": {"samples": 0}}, "evaluate.samples is 0"),
+        ({"retain": {"samples": 0}}, "retain.samples is 0"),
+        ({"retain": {"prose_tokens": 0}}, "retain.prose_tokens is 0"),
+        ({"retain": {"margin": -1}}, "retain.margin is -1"),
+        ({"retain": {"modes": []}}, "retain.modes is empty"),
+        ({"overrides": {"seed": 3}}, "seed is set by the grid for every cell; name seeds under"),
+        ({"axes": {"at": {"a": {"output_dir": "b"}}}}, "output_dir is set by the grid"),
+        ({"axes": {"rank": {4: None, "4": None}}}, "line [0-9]+: key '4' is there twice"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(write_grid, capsys, keys, message):
@@ -292,6 +303,61 @@ def test_a_cell_that_another_process_runs_is_left_to_it(write_grid, in_process, 
     assert not again["failures"] and not again["missing"] and not again["complete"]
     assert "running: 2,seed0" in table.render(again)
     assert "2,seed0: another process is at work on it" in capsys.readouterr().err
+
+
+def test_a_look_at_a_lock_does_not_cost_a_cell(tmp_path):
+    with run.held(tmp_path) as looking:
+        assert looking is not None and run.is_running(tmp_path)
+        with run.held(tmp_path, patience=0.05) as lock:
+            assert lock is None
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with run.held(tmp_path, patience=5) as lock:
+            assert lock is not None
+
+
+def test_nothing_of_another_configuration_stays_when_a_cell_trains_anew(
+    write_grid, in_process, monkeypatch
+):
+    one = {"axes": {"rank": {2: AXES["rank"][2]}}, "exclude": []}
+    run.compare(write_grid(**one))
+    more = one | {"overrides": {"align": None, "instruct.max_steps": 1}}
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr(cell_module.checkpoint, "load", Mock(side_effect=full))
+        with pytest.raises(OSError, match="No space"):
+            run.compare(write_grid(**more), redo=True)
+    assert read_result(write_grid().parent / "out/cells/2,seed0")["hashes"] == {}
+    # the first configuration trains again, and does not take the other's checkpoint for its own
+    report = run.compare(write_grid(**one))
+    own = write_grid().parent / "out/cells/2,seed0"
+    steps = yaml.safe_load((own / "run/config.yaml").read_text())["instruct"]["max_steps"]
+    assert report["complete"] and steps == 2
+
+
+def test_results_belong_to_a_cell_whatever_its_axis_is_called(write_grid, in_process):
+    labels = {2: AXES["rank"][2]}
+    first = run.compare(write_grid(axes={"rank": labels}, exclude=[]))
+    again = run.compare(write_grid(axes={"r": labels}, exclude=[]))
+    assert len(in_process) == 1 and again["complete"]
+    assert again["rows"] == [first["rows"][0] | {"labels": {"r": "2"}}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"retain": {"samples": 3, "suite": "embeded"}}, "embeded"),
+        ({"evaluate": {"task": {"class_path": "E2E", "init_args": {"test": "no.csv"}}}}, "no.csv"),
+        ({"axes": {"on": {"one": None, "two": {"data.task": {
+            "class_path": "GSM8K", "init_args": {"test": "GIVEN"}}}}}, "exclude": []},
+         "cells would be scored on gsm8k, messages; set evaluate.task"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_said_before_training(
+    write_grid, in_process, recipe, keys, message
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.compare(write_grid(**keys))
+    assert in_process == []
 
 
 def test_a_log_of_another_configuration_is_no_failure(write_grid, monkeypatch):

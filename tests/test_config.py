@@ -182,6 +182,13 @@ def test_workers_are_for_a_device_that_would_wait(
     assert not kept.dataloader_pin_memory and not kept.dataloader_persistent_workers
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + "seed: 3\nseed: 4\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml line \d+: key 'seed' is there twice"):
+        config.load(path)
+
+
 def test_the_resolved_recipe_leaves_open_what_the_machine_decides(tmp_path):
     parsed, resolved = config.load(write_recipe(tmp_path))
     assert "dataloader_num_workers" not in resolved and "pin_memory" not in resolved

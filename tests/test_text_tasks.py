@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -153,6 +154,9 @@ def test_without_wordnet_meteor_is_left_out_and_said_so(monkeypatch, capsys):
         ("a loss of -$3", -3),
         ("a loss of $-3", -3),
         ("#### -3", -3),
+        ("#### \u22123", -3),
+        ("the set 1,2,3", 3),
+        ("12,345,678.5 of it", 12345678.5),
         ("It takes 10-12", 12),
         ("$10-$12", 12),
         ("10%-12%", 12),
@@ -179,7 +183,10 @@ def test_gsm8k_counts_the_number_alone(jsonl):
     assert task.messages(row)[-1]["content"] == "2 + 16 = 18 dollars\n#### 18"
     replies = ["It is $18.00.", "18 or 19", "no idea"]
     assert task.score(replies, [row] * 3) == [1, 0, 0]
-    assert list(task.metrics(["18"], [row])) == ["accuracy"]
+    found = task.metrics(["It is 18.", "#### 18", "#### 17"], [row] * 3)
+    assert {name: list(metric.rows) for name, metric in found.items()} == {
+        "accuracy": [1, 1, 0], "strict": [0, 1, 0],
+    }  # fmt: skip
 
 
 def test_answers_are_normalised_as_for_squad():
@@ -271,6 +278,14 @@ def test_two_names_of_one_file_are_one_file(tmp_path, monkeypatch):
         assert len(train) == 8 and len(test) == 2 and train.isdisjoint(test)
 
 
+def test_a_story_that_is_there_twice_is_on_one_side(tmp_path):
+    path = write_coqa(tmp_path / "coqa.json", [story(i % 5) for i in range(10)])
+    task = CoQA(path, path, held_out=0.4)
+    train, test = ({row["story"] for row in task.rows(split)} for split in ("train", "test"))
+    assert len(train) == 3 and len(test) == 2 and not train & test
+    assert len(task.rows("train")) == 6
+
+
 @pytest.mark.parametrize("name", ["e2e", "coqa", "gsm8k"])
 def test_a_score_of_some_rows_has_its_own_name(name, e2e, jsonl, tmp_path, monkeypatch):
     tasks = {
@@ -335,10 +350,27 @@ def test_a_bad_row_names_file_row_and_field(cls, text, message, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("mr,ref\nname[A],A is good, and cheap.\n", "line 2.* has 3 fields, the header names 2"),
+        ("mr,ref\nname[A]\n", "has 1 fields"),
+        ('mr,ref\nname[A],"A is good.\nname[B],B is bad.\n', "data.csv.*(EOF|quote)"),
+        ("mr,ref,ref\nname[A],A,B\n", "header is 'mr', 'ref', 'ref'"),
+    ],
+)
+def test_a_table_that_would_lose_words_is_refused(tmp_path, monkeypatch, lines, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    path = tmp_path / "data.csv"
+    path.write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        E2E(train=str(path)).rows("train")
+
+
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes("mr,ref\nname[Café],A\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="data.csv: not UTF-8"):
+    with pytest.raises(ValueError, match="data.csv: no table in UTF-8"):
         E2E(test=str(path)).rows("test")
 
 
@@ -459,6 +491,10 @@ def test_the_sizes_are_those_of_the_papers():
     assert all(gsm8k.score([row["answer"] for row in problems], problems))
     coqa = CoQA(*[str(DATA / "coqa_test.json")] * 2)
     turns = coqa.rows("test")
-    assert len(coqa.rows("train")) == 560 and len({row["story"] for row in turns}) == 140
+    learned = coqa.rows("train")
+    stories = [{row["story"] for row in rows} for rows in (learned, turns)]
+    # of 700 stories three are there twice
+    assert len(learned) == 560 and [*map(len, stories)] == [558, 139]
+    assert not stories[0] & stories[1]
     people = [row["turns"][-1][1][1] for row in turns]  # as if a person's answer were the reply
     assert value(coqa.metrics(people, turns)["f1"]) > 0.9

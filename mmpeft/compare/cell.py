@@ -15,10 +15,11 @@ import torch
 
 from mmpeft import adapters, checkpoint
 from mmpeft.cache import cache_home
-from mmpeft.compare.grid import RetainConfig, ScoreConfig, read_yaml
+from mmpeft.compare.grid import RetainConfig, ScoreConfig
 from mmpeft.compare.table import PROSE
 from mmpeft.config import STAGES, RunConfig, from_mapping, load
 from mmpeft.evaluate import evaluate
+from mmpeft.yaml_file import read_yaml
 
 SCHEMA = "mmpeft.compare.cell/1"
 RESULT = "result.json"
@@ -57,8 +58,11 @@ def run_cell(folder) -> dict:
     cell = from_mapping(CellConfig, read_yaml(folder / "cell.yaml", "cell"), folder / "cell.yaml")
     config, _ = load(folder / "recipe.yaml", ["--output_dir", str(folder / "run")])
     result = read_result(folder) or {"schema": SCHEMA, "hashes": {}}
-    result |= {"labels": cell.labels, "seed": cell.seed}
     missing = [step for step, key in cell.hashes.items() if result["hashes"].get(step) != key]
+    if "train" in missing:  # what is there is of another configuration: nothing of it stays
+        result = {"schema": SCHEMA, "hashes": {}}
+        write_json(folder / RESULT, result)
+    result |= {"labels": cell.labels, "seed": cell.seed}
     steps = {
         "train": lambda: train_cell(folder, config),
         "score": lambda: score_cell(folder, config, cell.evaluate),
@@ -72,7 +76,8 @@ def run_cell(folder) -> dict:
         result["environment"] = environment()
         write_json(folder / RESULT, result)
     if not cell.keep_checkpoints:
-        discard(folder / "run" / "checkpoint")
+        for kept in ("checkpoint", "best"):
+            discard(folder / "run" / kept)
     return result
 
 

@@ -15,6 +15,7 @@ from mmpeft.checkpoint import find_checkpoint
 from mmpeft.config import RunConfig, from_mapping
 from mmpeft.config_errors import did_you_mean
 from mmpeft.task import Task
+from mmpeft.yaml_file import read_yaml
 
 LABEL = re.compile(r"[\w.%+=-]+")
 
@@ -69,6 +70,15 @@ class RetainConfig:
     seed: int = 0
     margin: float = 0.02
 
+    def __post_init__(self):
+        for name in ("samples", "prose_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"retain.{name} is {value}; it must be 1 or more.")
+        if not 0 < self.margin < 1:
+            raise ValueError(f"retain.margin is {self.margin}; it must lie between 0 and 1.")
+        if not self.modes:
+            raise ValueError("retain.modes is empty; name at least one, for example [text].")
+
 
 @dataclass
 class GridConfig:
@@ -107,12 +117,22 @@ class GridConfig:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; name at least one, and each once.")
         self.axes = {name: _labels(name, found) for name, found in self.axes.items()}
+        labelled = [keys for labels in self.axes.values() for keys in labels.values()]
+        for key, instead in OWN_KEYS.items():
+            if any(key in keys for keys in (self.overrides, *labelled)):
+                raise ValueError(f"{key} is set by the grid for every cell; {instead}.")
         for key, value in (("only", self.only or []), ("exclude", self.exclude)):
             for rule in value:
                 for axis, labels in rule.items():
                     _known(f"{key}: axis", axis, self.axes)
                     for label in _listed(labels):
                         _known(f"{key}: {axis}", label, self.axes[axis])
+
+
+OWN_KEYS = {  # of a recipe, which belong to the grid
+    "seed": "name seeds under seeds",
+    "output_dir": "name the grid's folder under output_dir",
+}
 
 
 @dataclass
@@ -220,21 +240,6 @@ def fingerprint(start: str | None) -> dict | None:
         return durable.fingerprints(find_checkpoint(start))
     except FileNotFoundError:
         return None
-
-
-def read_yaml(path, what: str) -> dict:
-    """A YAML file as recipes are read: ``1e-3`` is a number."""
-    from jsonargparse import get_loader
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist.")
-    try:
-        found = get_loader("yaml")(Path(path).read_text())
-    except Exception as error:  # of whichever YAML library is behind it
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no keys.")
-    return found
 
 
 def _hash(value) -> str:

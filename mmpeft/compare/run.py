@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from tqdm import tqdm
 from mmpeft import __version__
 from mmpeft.compare.cell import read_result, write_json
 from mmpeft.compare.figures import draw_front, draw_ranks
-from mmpeft.compare.grid import Cell, load_grid, read_yaml
+from mmpeft.compare.grid import Cell, GridConfig, load_grid
 from mmpeft.compare.table import as_csv, as_markdown, pool
+from mmpeft.config import RunConfig, from_mapping
+from mmpeft.yaml_file import read_yaml
 
 GRID = "grid.json"
 SHOWN = 3  # changed cells that an error names
+PATIENCE = 1.0  # seconds in which a process that only looks at a lock has let it go
 
 
 def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
@@ -53,6 +57,8 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
         print(f"{folder}: {len(others)} cells are not in this grid and left out", file=sys.stderr)
     left = [cell for cell in cells if not is_complete(place(folder, cell.name), cell.hashes)]
     report = redraw(folder)
+    if left:
+        try_measures(grid, left, path)
     with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
         for cell in left:
             bar.set_description(cell.name)
@@ -63,6 +69,30 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
             bar.update()
             report = redraw(folder)
     return report
+
+
+def try_measures(grid: GridConfig, cells: list[Cell], path) -> None:
+    """Read the rows that cells are scored on, and the suite, before any of them trains.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be had, or cells would be scored on several
+            tasks, which one table does not hold.
+    """
+    from mmpeft.retention.suite import Suite
+
+    tasks = [grid.evaluate.task]
+    if grid.evaluate.task is None:
+        data = {json.dumps(cell.recipe.get("data"), sort_keys=True): cell.recipe for cell in cells}
+        tasks = [from_mapping(RunConfig, recipe, path).data.task for recipe in data.values()]
+    if len(names := {task.name for task in tasks}) > 1:
+        raise ValueError(
+            f"{path}: cells would be scored on {', '.join(sorted(names))}; set evaluate.task, or "
+            "write a grid for each."
+        )
+    for task in tasks:
+        task.rows("test")
+    if (text := grid.retain) is not None:
+        Suite(text.suite, text.include_path, text.samples, text.seed, text.data_dir)
 
 
 def redraw(folder) -> dict:
@@ -77,7 +107,8 @@ def redraw(folder) -> dict:
         log = own / "log.txt"
         busy = not is_complete(own, cell["hashes"]) and is_running(own)
         if is_complete(own, cell["hashes"]):
-            results.append(of_steps(read_result(own), cell["hashes"]))
+            labels = {"labels": cell["labels"], "seed": cell["seed"]}  # an axis may be renamed
+            results.append(of_steps(read_result(own), cell["hashes"]) | labels)
         elif busy:
             running.append(cell["name"])
         elif log.is_file() and was_begun(own, cell["hashes"]):
@@ -98,7 +129,7 @@ def run_one(folder: Path, cell: Cell, sections: dict) -> str | None:
     """Run one cell; what went wrong, in one line."""
     own = place(folder, cell.name)
     own.mkdir(exist_ok=True)
-    with held(own) as lock:
+    with held(own, PATIENCE) as lock:
         if lock is None:
             return "another process is at work on it"
         if is_complete(own, cell.hashes):  # by another process, in the meantime
@@ -201,16 +232,24 @@ def is_running(own: Path) -> bool:
 
 
 @contextmanager
-def held(own: Path):
-    """The number of an open file that locks the cell's folder, for its process too, or ``None``."""
+def held(own: Path, patience: float = 0.0):
+    """The number of an open file that locks the cell's folder, for its process too, or ``None``.
+
+    It is tried for ``patience`` seconds: :func:`is_running` has the lock for an instant, too.
+    """
     import fcntl
 
+    until = time.monotonic() + patience
     with (own / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    yield None
+                    return
+                time.sleep(0.02)
         yield file.fileno()
 
 

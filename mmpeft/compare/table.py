@@ -31,6 +31,13 @@ def pool(
                     if labels not in combinations[:i]]  # fmt: skip
     groups = [(labels, [r for r in results if r["labels"] == labels]) for labels in combinations]
     rows = [row(labels, cells) for labels, cells in groups if cells]
+    scored = {(one["score"]["task"], one["score"]["n"]) for one in results}
+    if len(scored) > 1:
+        found = ", ".join(f"{n} of {task}" for task, n in sorted(scored))
+        raise ValueError(
+            f"cells were scored on different test rows ({found}), which one table does not hold; "
+            "set evaluate.task."
+        )
     metrics = list(dict.fromkeys(name for one in rows for name in one["metrics"]))
     metric = grid["metric"] or (metrics[0] if metrics else None)
     if rows and metric not in metrics:
@@ -90,8 +97,9 @@ def row(labels: dict[str, str], cells: list[dict]) -> dict:
     return {
         "labels": labels,
         "seeds": [cell["seed"] for cell in cells],
-        "trained_parameters": sum(trained[0]["trained_parameters"].values()),
-        "adapter_parameters": trained[0]["trained_parameters"]["adapter"],
+        # the most: a rank that is looked for may differ from seed to seed
+        "trained_parameters": max(sum(one["trained_parameters"].values()) for one in trained),
+        "adapter_parameters": max(one["trained_parameters"]["adapter"] for one in trained),
         "peak_memory_bytes": max(one["peak_memory_bytes"] for one in trained),
         # the median: the first cell may fill the feature cache for all
         "train_seconds": statistics.median(one["seconds"] for one in trained),

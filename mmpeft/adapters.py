@@ -80,12 +80,12 @@ def _resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
     """Put full paths into a config of peft."""
     norms = adapter.peft_type == "LN_TUNING"
     kind = _is_norm if norms else _is_linear
+    if adapter.peft_type == "IA3" and adapter.target_modules is None:
+        adapter.target_modules = _usual_of_ia3(language_model)
     adapter.target_modules = resolve_targets(language_model, adapter.target_modules, kind, defaults)
     if getattr(adapter, "feedforward_modules", ()) is None:  # (IA)^3 scales these at their input
-        from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
-
-        names = FEEDFORWARD.get(language_model.config.model_type, [])
-        adapter.feedforward_modules = [n for n in names if _named(adapter.target_modules, n)]
+        outputs = _ffn_outputs(language_model)
+        adapter.feedforward_modules = [n for n in outputs if _named(adapter.target_modules, n)]
     if ff := getattr(adapter, "feedforward_modules", None):
         paths = set(resolve_targets(language_model, ff)) & set(adapter.target_modules)
         adapter.feedforward_modules = sorted(paths)
@@ -93,6 +93,32 @@ def _resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
     conv = bool(layers) and all(isinstance(layer, Conv1D) for layer in layers)
     if conv and hasattr(adapter, "fan_in_fan_out"):
         adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
+
+
+def _usual_of_ia3(language_model: nn.Module) -> list[str]:
+    """What (IA)^3 scales: as peft has it for this LLM, else keys, values and within the FFN."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as USUAL
+
+    if names := USUAL.get(language_model.config.model_type):
+        return names
+    names = [name for name, module in language_model.named_modules() if _is_linear(module)]
+    if not {"k_proj", "v_proj"} <= set(_last_parts(names)):
+        raise ValueError(
+            f"peft has no default targets of (IA)^3 for {language_model.config.model_type!r}; set "
+            f"target_modules and feedforward_modules to some of {_last_parts(names)}."
+        )
+    return ["k_proj", "v_proj", *_ffn_outputs(language_model)]
+
+
+def _ffn_outputs(language_model: nn.Module) -> list[str]:
+    """The layers at whose input (IA)^3 scales."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as USUAL
+
+    from mmpeft.tuners.sublayers import find_sublayers
+
+    if names := USUAL.get(language_model.config.model_type):
+        return names
+    return [one.output for one in find_sublayers(language_model) if one.kind == "ffn"]
 
 
 def is_base_when_off(wrapped, before: Tensor) -> bool:

@@ -4,6 +4,7 @@ This is the one place that knows all parts. Parts are named by class (``class_pa
 short name) with ``init_args``; misspelt keys are refused with the nearest valid one.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mmpeft.spec import from_spec
 from mmpeft.speed import SpeedConfig
 from mmpeft.stage import StageConfig
 from mmpeft.task import Task
-from mmpeft.yaml_file import refuse_repeated_keys
+from mmpeft.yaml_file import read_yaml
 
 
 @dataclass
@@ -390,11 +391,37 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
         ValueError: an unknown key or part, or a value of the wrong type; one line, with the
             nearest valid name.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist.")
-    refuse_repeated_keys(Path(path).read_text(encoding="utf-8"), path)
-    words = ["--config", str(path), *overrides]
+    words = ["--config", str(path), *_replacing(overrides, read_yaml(path, "recipe"))]
     return _parsed(RunConfig, path, _SECTIONS, lambda run_parser: run_parser.parse_args(words))
+
+
+def _replacing(overrides: list[str], recipe: dict) -> list[str]:
+    """Overrides by which a part of another class than the recipe's has that class's defaults.
+
+    jsonargparse would keep what the recipe sets of the options that both classes have.
+    """
+    words = []
+    for number, word in enumerate(overrides):
+        option, given, value = word.partition("=")
+        key = option.removeprefix("--").removesuffix(".class_path")
+        section, _, name = key.partition(".")
+        if name in _BASES and not any(before.startswith(f"--{key}") for before in words):
+            value = value if given else "".join(overrides[number + 1 : number + 2])
+            was = (recipe.get(section) or {}).get(name)
+            if _class_name(was) != _class_name(value):
+                words += [f"--{key}", "null"]
+        words.append(word)
+    return words
+
+
+def _class_name(part) -> str | None:
+    """Of a part as a recipe or a command line has it, without its module."""
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError):
+        part = yaml.safe_load(part) if isinstance(part, str) else part
+    path = part.get("class_path") if isinstance(part, dict) else part
+    return path.rpartition(".")[2] if isinstance(path, str) else None
 
 
 def from_mapping(cls: type, mapping: dict, where, sections: dict | None = None):

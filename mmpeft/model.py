@@ -342,6 +342,10 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------- generate
 
+    # of a static cache: upstream would read how to mask off the bridge's config, which does not say
+    # (a mask of None would let rows see their padding). The LLM makes its own.
+    create_masks_for_generate = staticmethod(lambda attention_mask=None, **_: attention_mask)
+
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """As upstream; images enter at prefill only, the gate is told at every step."""
         token_types = kwargs.get("mm_token_type_ids")  # (B, all so far)

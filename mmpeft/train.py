@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from mmpeft.streaming import StreamDataset, StreamSampler
 from mmpeft.training_data import TrainingData
 
 STEPS = "adapter_steps.safetensors"  # what a PEFT method remembers from step to step
+NO_DECAY = re.compile(r"(bias|ia3_l)(\.|$)")  # besides what has one dimension
 CARRIED = "carried.json"  # what is logged later of the steps so far
 ENVIRONMENT = "environment.json"
 # what may change when a run goes on: no loss depends on it
@@ -419,7 +421,7 @@ class BridgeTrainer(Trainer):
         groups = [
             {"params": own, "lr": lr, "weight_decay": self.args.weight_decay if decays else 0.0}
             for parameters, lr in groups
-            for decays, own in _by_decay(p for p in parameters if p.requires_grad)
+            for decays, own in _by_decay(self.model, parameters)
         ]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = optimizer_class([options | group for group in groups])
@@ -484,11 +486,18 @@ class CarryOn(TrainerCallback):
         self.trainer.carry_on(json.loads((self.begun / CARRIED).read_text()))
 
 
-def _by_decay(parameters) -> list[tuple[bool, list]]:
-    """Parameters that decay, and those that do not: biases and norms, as in transformers."""
+def _by_decay(model, parameters) -> list[tuple[bool, list]]:
+    """What trains of ``parameters``: what decays, and what does not.
+
+    Biases and norms do not, as in transformers, AdaMix's of all experts among them, and no scales
+    of (IA)^3: without effect they are 1, not 0.
+    """
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = {True: [], False: []}
     for parameter in parameters:
-        parts[parameter.dim() > 1].append(parameter)
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and not NO_DECAY.search(named[id(parameter)])
+            parts[decays].append(parameter)
     return [(decays, own) for decays, own in parts.items() if own]
 
 

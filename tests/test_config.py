@@ -182,6 +182,23 @@ def test_workers_are_for_a_device_that_would_wait(
     assert not kept.dataloader_pin_memory and not kept.dataloader_persistent_workers
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--model.adapter", "BottleneckConfig"], ["--model.adapter=BottleneckConfig"],
+     ["--model.adapter.class_path", "mmpeft.tuners.BottleneckConfig"],
+     ["--model.adapter", '{"class_path": "BottleneckConfig"}']],
+)  # fmt: skip
+def test_another_class_takes_nothing_over_from_the_recipes(tmp_path, words):
+    path = write_recipe(tmp_path)
+    before = config.load(path)[0].model.adapter
+    found = config.load(path, [*words, "--model.adapter.init_args.bottleneck_size", "7"])[0]
+    assert before.target_modules and found.model.adapter.target_modules is None
+    assert found.model.adapter.bottleneck_size == 7
+    # options of the class that the recipe names are changed one by one
+    same = config.load(path, ["--model.adapter", "LoraConfig", "--model.adapter.r", "3"])[0]
+    assert same.model.adapter.target_modules == before.target_modules and same.model.adapter.r == 3
+
+
 def test_a_key_that_is_there_twice_is_refused(tmp_path):
     path = write_recipe(tmp_path)
     path.write_text(path.read_text() + "seed: 3\nseed: 4\n")

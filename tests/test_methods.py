@@ -16,6 +16,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     PeftModel,
+    get_peft_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 from safetensors.torch import load_file
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from mmpeft import BridgeForConditionalGeneration
 from mmpeft.adapter_steps import steps_of
-from mmpeft.adapters import REFUSED, adapter_parameters, set_trainable
+from mmpeft.adapters import REFUSED, adapter_parameters, attach_adapter, set_trainable
 from mmpeft.gate import GATES
+from mmpeft.train import _by_decay
 from mmpeft.tuners.adamix import AdaMixConfig
 from mmpeft.tuners.adaptive_prefix import AdaptivePrefixConfig
 from mmpeft.tuners.bitfit import BitFitConfig
@@ -205,6 +207,43 @@ def test_cached_generation_of_a_mixed_batch(bridge, images, method, gate):
         with model.disable_adapter():
             base = torch.stack(model.generate(**batch, **GENERATE).logits)
         assert torch.equal(cached[:, 1], base[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("method", "gate"), [("lora", "none"), ("prompt", "after_image"), ("adaptive prefix", "sample")]
+)
+def test_a_static_cache_hides_the_padding(bridge, images, method, gate):
+    model, processor = bridge(method, gate)
+    batch = mixed(processor, images)
+    static = model.generate(**batch, **GENERATE, cache_implementation="static").logits
+    whole = model.generate(**batch, **GENERATE, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(static), torch.stack(whole), atol=1e-4, rtol=1e-4)
+
+
+def test_ia3_scales_what_it_does_in_peft(make_bridge, llm_dir):
+    def shapes(model):
+        found = {n: tuple(p.shape) for n, p in model.named_parameters() if "ia3_l" in n}
+        return {name.rpartition("layers.")[2]: shape for name, shape in found.items()}
+
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    theirs = shapes(get_peft_model(llm, IA3Config(task_type="CAUSAL_LM")))
+    bridge, _ = make_bridge("none", adapter=IA3Config())
+    assert shapes(bridge.language_model) == theirs and len(theirs) > 2
+    # an LLM that peft's table lacks: keys, values, and what goes into the last layer of the FFN
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir)
+    llm.config.model_type = "another"
+    assert shapes(attach_adapter(llm, IA3Config())) == theirs
+
+
+@pytest.mark.parametrize("method", ["ia3", "adamix"])
+def test_biases_and_scales_do_not_decay(bridge, method):
+    model, _ = bridge(method)
+    set_trainable(model, connector=False, adapter=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = dict(_by_decay(model, adapter_parameters(model.language_model)))
+    decaying = [names[id(parameter)] for parameter in parts.get(True, [])]
+    assert bool(decaying) is (method == "adamix") and len(parts[False]) > 0
+    assert not [name for name in decaying if "bias" in name]
 
 
 @pytest.mark.parametrize("method", METHODS)

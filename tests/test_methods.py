@@ -235,6 +235,18 @@ def test_ia3_scales_what_it_does_in_peft(make_bridge, llm_dir):
     assert shapes(attach_adapter(llm, IA3Config())) == theirs
 
 
+@pytest.mark.parametrize("method", NAMED)
+def test_another_adapter_takes_its_place(bridge, images, method):
+    model, processor = bridge(method)
+    batch = mixed(processor, images)
+    with model.disable_adapter():
+        base = model(**batch).logits
+    model.replace_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert torch.equal(model(**batch).logits, base)  # where LoRA starts
+    names = [name for name, _ in model.language_model.named_parameters()]
+    assert not [name for name in names if "lora" not in name and "default" in name]
+
+
 @pytest.mark.parametrize("method", ["ia3", "adamix"])
 def test_biases_and_scales_do_not_decay(bridge, method):
     model, _ = bridge(method)

@@ -248,7 +248,8 @@ class AttentionTuner(Tuner):
         model.register_forward_pre_hook(self._prepare)
 
     def _prepare(self, model, args):
-        if next(self._layers()).disable_adapters:
+        layer = next(self._layers(), None)
+        if layer is None or layer.disable_adapters:  # there is none once peft unloaded them
             return
         source = self.source()
         if source is None:

@@ -118,6 +118,12 @@ class Tuner(BaseTuner):
         layer = self.wrap(target, adapter_name, peft_config, current_key)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent, child_name, new_module, child):
+        if isinstance(new_module, BaseTunerLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # taken off again; peft would look for a weight, which whole sublayers have not
+            setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self):
         super()._check_merge_allowed()
         if not self.merges:

@@ -137,7 +137,10 @@ def wrap(language_model: nn.Module, config, new: bool = True):
     elif how == "corda":
         config.corda_config = config.corda_config or CordaConfig()
     if how is None or how == "eva":
-        return get_peft_model(language_model, config)
+        wrapped = get_peft_model(language_model, config)
+        if new and getattr(config, "use_dora", False):
+            _exact_magnitudes(wrapped)
+        return wrapped
     if type(config) is not LoraConfig:
         raise ValueError(
             f"adapter: init_lora_weights {how!r} serves a LoraConfig; set init_lora_weights: true."
@@ -157,6 +160,22 @@ def wrap(language_model: nn.Module, config, new: bool = True):
         layer.lora_variant[ADAPTER] = KeptStart()
         KeptStart.init(layer, ADAPTER)
     return wrapped
+
+
+@torch.no_grad()
+def _exact_magnitudes(language_model: nn.Module) -> None:
+    """DoRA's magnitudes as float32 norms of W, by which its forward divides.
+
+    peft takes them in W's own type: of bfloat16 they are off by up to 0.3%, and the start is not
+    the base.
+    """
+    for layer in lora_layers(language_model).values():
+        weight = layer.get_base_layer().weight
+        plain = type(layer) is Linear and weight.dtype in (torch.bfloat16, torch.float16)
+        for name, magnitude in layer.lora_magnitude_vector.items() if plain else ():
+            if not layer.lora_B[name].weight.any():  # at its start
+                norms = transpose(weight.float(), layer.fan_in_fan_out).norm(dim=1)
+                magnitude.weight.copy_(norms)
 
 
 def lora_layers(language_model: nn.Module) -> dict[str, LoraLayer]:

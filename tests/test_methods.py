@@ -247,6 +247,14 @@ def test_another_adapter_takes_its_place(bridge, images, method):
     assert not [name for name in names if "lora" not in name and "default" in name]
 
 
+def test_dora_starts_as_a_base_of_16_bits(llm_dir):
+    llm = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.bfloat16)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = llm(input_ids=ids).logits
+    wrapped = attach_adapter(llm, LoraConfig(r=4, use_dora=True, target_modules=TARGETS))
+    assert torch.equal(wrapped(input_ids=ids).logits, base)
+
+
 @pytest.mark.parametrize("method", ["ia3", "adamix"])
 def test_biases_and_scales_do_not_decay(bridge, method):
     model, _ = bridge(method)

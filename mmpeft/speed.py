@@ -92,18 +92,31 @@ def choose_logits(model, speed) -> None:
         print("logits_chunk off: this LLM changes its logits after projecting.", file=sys.stderr)
 
 
-def compile_layers(model, mode: str, steps: int, device="cpu") -> bool:
+def compile_layers(
+    model, mode: str, steps: int, device="cpu", packed_checkpointing: bool = False
+) -> bool:
     """``torch.compile`` the LLM's layers, one by one, for rows of any length.
 
     They take part where :func:`compiled` says so.
 
     Args:
         mode: ``on``, ``off`` or ``auto``: on where ``steps`` are enough to win back its cost.
+        packed_checkpointing: rows are packed and activations checkpointed; attention over packed
+            rows is not compiled, and with it torch leaves out the whole checkpointed layer.
 
     Raises:
         ValueError: ``on``, but it cannot be done.
     """
     if mode == "off" or (mode == "auto" and steps < STEPS_WORTH_COMPILING):
+        return False
+    if packed_checkpointing:
+        problem = "packed rows are not compiled with activation checkpointing"
+        if mode == "on":
+            raise ValueError(
+                f"speed.compile is on, but {problem}; leave out one of speed.compile, "
+                "speed.packing and activation_checkpointing."
+            )
+        print(f"compile off: {problem}.", file=sys.stderr)
         return False
     modules = model.language_model.modules()
     layers = [layer for layer in modules if isinstance(layer, GradientCheckpointingLayer)]

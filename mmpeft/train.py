@@ -265,9 +265,11 @@ def train_stage(
         trainer.text_kl = model.text_kl = text_kl.TextKL(arguments.kl_weight)
     if begun is not None:
         trainer.add_callback(CarryOn(trainer, begun))
+    checkpointing = arguments.activation_checkpointing or arguments.gradient_checkpointing
     trainer.compiled = compile_layers(
-        model, config.speed.compile, trainer.total_steps(), arguments.device
-    )
+        model, config.speed.compile, trainer.total_steps(), arguments.device,
+        bool(collator.packing and checkpointing),
+    )  # fmt: skip
     try:
         with (
             resumable(stage, folder) as finish,

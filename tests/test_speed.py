@@ -95,6 +95,14 @@ def test_without_a_compiler_auto_says_so_and_on_is_an_error(make_bridge, monkeyp
         speed.compile_layers(model, "on", steps=1)
 
 
+def test_layers_that_would_not_be_compiled_are_said_to_be_off(make_bridge, capsys):
+    model, _ = make_bridge("none")
+    assert not speed.compile_layers(model, "auto", steps=10_000, packed_checkpointing=True)
+    assert "compile off: packed rows are not" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="leave out one of speed.compile, speed.packing and"):
+        speed.compile_layers(model, "on", steps=1, packed_checkpointing=True)
+
+
 def test_samples_longer_than_a_window_are_not_packed(make_bridge, capsys):
     model, _ = make_bridge("none")
     model.language_model.config.sliding_window = 64

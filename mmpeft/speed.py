@@ -101,22 +101,14 @@ def compile_layers(
 
     Args:
         mode: ``on``, ``off`` or ``auto``: on where ``steps`` are enough to win back its cost.
-        packed_checkpointing: rows are packed and activations checkpointed; attention over packed
-            rows is not compiled, and with it torch leaves out the whole checkpointed layer.
+        packed_checkpointing: rows are packed and activations checkpointed. Attention over packed
+            rows is not compiled, and with it torch leaves out a whole layer that is checkpointed;
+            a line says so.
 
     Raises:
         ValueError: ``on``, but it cannot be done.
     """
     if mode == "off" or (mode == "auto" and steps < STEPS_WORTH_COMPILING):
-        return False
-    if packed_checkpointing:
-        problem = "packed rows are not compiled with activation checkpointing"
-        if mode == "on":
-            raise ValueError(
-                f"speed.compile is on, but {problem}; leave out one of speed.compile, "
-                "speed.packing and activation_checkpointing."
-            )
-        print(f"compile off: {problem}.", file=sys.stderr)
         return False
     modules = model.language_model.modules()
     layers = [layer for layer in modules if isinstance(layer, GradientCheckpointingLayer)]
@@ -129,6 +121,11 @@ def compile_layers(
             )
         print(f"compile off: torch cannot compile here: {problem}", file=sys.stderr)
         return False
+    if packed_checkpointing:
+        print(
+            "compile: of packed rows, layers with activation checkpointing are not compiled.",
+            file=sys.stderr,
+        )
     if not model.compiled_layers:
         for layer in layers:
             layer.compile(dynamic=True)

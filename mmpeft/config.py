@@ -398,12 +398,13 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
 def _replacing(overrides: list[str], recipe: dict) -> list[str]:
     """Overrides by which a part of another class than the recipe's has that class's defaults.
 
-    jsonargparse would keep what the recipe sets of the options that both classes have.
+    jsonargparse would keep what the recipe sets of the options that both classes have; it still
+    does where ``class_path`` alone is set.
     """
     words = []
     for number, word in enumerate(overrides):
         option, given, value = word.partition("=")
-        key = option.removeprefix("--").removesuffix(".class_path")
+        key = option.removeprefix("--")
         section, _, name = key.partition(".")
         if name in _BASES and not any(before.startswith(f"--{key}") for before in words):
             value = value if given else "".join(overrides[number + 1 : number + 2])

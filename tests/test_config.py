@@ -185,7 +185,7 @@ def test_workers_are_for_a_device_that_would_wait(
 @pytest.mark.parametrize(
     "words",
     [["--model.adapter", "BottleneckConfig"], ["--model.adapter=BottleneckConfig"],
-     ["--model.adapter.class_path", "mmpeft.tuners.BottleneckConfig"],
+     ["--model.adapter", "mmpeft.tuners.BottleneckConfig"],
      ["--model.adapter", '{"class_path": "BottleneckConfig"}']],
 )  # fmt: skip
 def test_another_class_takes_nothing_over_from_the_recipes(tmp_path, words):
@@ -194,7 +194,9 @@ def test_another_class_takes_nothing_over_from_the_recipes(tmp_path, words):
     found = config.load(path, [*words, "--model.adapter.init_args.bottleneck_size", "7"])[0]
     assert before.target_modules and found.model.adapter.target_modules is None
     assert found.model.adapter.bottleneck_size == 7
-    # options of the class that the recipe names are changed one by one
+    # options of the class that the recipe names are changed one by one, and so is the class alone
+    kept = config.load(path, ["--model.adapter.class_path", "BottleneckConfig"])[0].model.adapter
+    assert kept.target_modules == before.target_modules
     same = config.load(path, ["--model.adapter", "LoraConfig", "--model.adapter.r", "3"])[0]
     assert same.model.adapter.target_modules == before.target_modules and same.model.adapter.r == 3
 

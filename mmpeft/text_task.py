@@ -1,4 +1,4 @@
-"""What tasks of text alone share: files, a share to learn from, errors that name the row."""
+"""What tasks of text alone share: files, and errors that name the row."""
 
 import json
 from dataclasses import dataclass

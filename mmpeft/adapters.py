@@ -3,11 +3,13 @@
 import copy
 import difflib
 import re
+import sys
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from mmpeft.trial import find_unserved, is_base_when_off, probe
 
 # what peft adapts by default, for LLMs that it has no entry for: query and value, or all in one
 ATTENTION = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
@@ -55,6 +57,7 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
 
     from mmpeft.starts import wrap
     from mmpeft.tuners.from_peft import translate
+    from mmpeft.tuners.merging import MergingTuner
 
     adapter = copy.deepcopy(translate(adapter))
     _require_addition(adapter)
@@ -63,11 +66,16 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
         adapter.target_modules = tuner.find_targets(language_model, adapter)
     elif hasattr(adapter, "target_modules"):
         _resolve(language_model, adapter, getattr(tuner, "target_module_mapping", None))
+    if new and hasattr(adapter, "target_modules"):
+        _leave_out(language_model, adapter, whole=issubclass(tuner, MergingTuner))
     # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
     causal = adapter.task_type or "CAUSAL_LM"
     adapter.task_type = None if language_model.config.model_type == "mpt" else causal
     before = probe(language_model)
+    asked = getattr(adapter, "target_modules", None)
+    parameters = set(getattr(adapter, "target_parameters", None) or ())
     wrapped = wrap(language_model, adapter, new)
+    _require_targets_kept(asked, parameters, wrapped)
     if before is not None and not is_base_when_off(wrapped, before):
         raise ValueError(
             f"adapter {type(adapter).__name__} changes the frozen weights, and the base LLM could "
@@ -95,6 +103,45 @@ def _resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
         adapter.fan_in_fan_out = True  # Conv1D keeps its weight transposed
 
 
+def _leave_out(language_model: nn.Module, adapter, whole: bool) -> None:
+    """Take out of the targets those where the adapter would not act, and say so on stderr.
+
+    Raises:
+        ValueError: no target is left.
+    """
+    unserved = find_unserved(language_model, whole)
+    left_out = [name for name in adapter.target_modules if name in unserved]
+    if not left_out:
+        return
+    for field in ("target_modules", "feedforward_modules"):
+        if names := getattr(adapter, field, None):
+            setattr(adapter, field, [name for name in names if name not in unserved])
+    for why in dict.fromkeys(unserved[name] for name in left_out):
+        names = [name for name in left_out if unserved[name] == why]
+        what = f"{', '.join(_last_parts(names))} in {len(names)} places ({names[0]}, ...)"
+        if not adapter.target_modules:
+            raise ValueError(f"target_modules: {what}: {why}; choose other layers.")
+        print(f"adapter: leaves out {what}: {why}.", file=sys.stderr)
+
+
+def _require_targets_kept(asked, parameters: set[str], wrapped) -> None:
+    """Refuse what peft makes of some names in an LLM with experts.
+
+    They were its experts' layers before transformers 5, and peft, for the sake of old adapters,
+    takes any layer of such a name for all experts at once: ``target_parameters``.
+    """
+    added = set(getattr(wrapped.active_peft_config, "target_parameters", None) or ()) - parameters
+    if added:
+        adapted = {name.removeprefix("base_model.model.") for name, _ in adapted_layers(wrapped)}
+        taken = sorted(set(asked) - adapted)
+        raise ValueError(
+            f"target_modules: peft takes {_last_parts(taken)} in this LLM, {taken[0]} among them, "
+            f"for all its experts at once; choose others, for example "
+            f"{_last_parts(set(asked) & adapted) or 'q_proj'}, and name experts in "
+            "target_parameters."
+        )
+
+
 def _usual_of_ia3(language_model: nn.Module) -> list[str]:
     """What (IA)^3 scales: as peft has it for this LLM, else keys, values and within the FFN."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as USUAL
@@ -119,22 +166,6 @@ def _ffn_outputs(language_model: nn.Module) -> list[str]:
     if names := USUAL.get(language_model.config.model_type):
         return names
     return [one.output for one in find_sublayers(language_model) if one.kind == "ffn"]
-
-
-def is_base_when_off(wrapped, before: Tensor) -> bool:
-    """Whether a ``PeftModel`` that is switched off gives what the LLM gave to :func:`probe`."""
-    with wrapped.disable_adapter():
-        return torch.equal(before, probe(wrapped))
-
-
-@torch.no_grad()
-def probe(language_model: nn.Module) -> Tensor | None:
-    """Logits of a few tokens; ``None`` where there are no weights yet."""
-    table = language_model.get_input_embeddings().weight
-    if table.device.type == "meta":
-        return None
-    ids = torch.arange(8, device=table.device)[None] * 7 % len(table)
-    return language_model(input_ids=ids, use_cache=False).logits
 
 
 def _require_addition(adapter) -> None:
@@ -244,6 +275,15 @@ class PartSummary:
     part: str
     total: int
     trained: int
+
+
+def adapted_layers(language_model: nn.Module):
+    """``(path, layer)`` of each layer that a peft method put in the place of one of the LLM."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in language_model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield name, layer
 
 
 def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:

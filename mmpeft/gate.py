@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmpeft.adapters import adapted_layers
+
 GATES = ("none", "sample", "image_tokens", "after_image")
 
 
@@ -74,6 +76,7 @@ class Gate:
 
     Attributes:
         mask: ``(B, 1)`` or ``(B, T)`` bool; ``None`` is open everywhere.
+        length: T of the current forward; ``None`` is not known.
     """
 
     def __init__(self, language_model: nn.Module, gate: str):
@@ -86,9 +89,10 @@ class Gate:
         if gate not in GATES:
             raise ValueError(f"gate {gate!r} is unknown; choose one of {', '.join(GATES)}.")
         self.mask: Tensor | None = None
+        self.length: int | None = None
         if gate == "none":
             return
-        layers = list(_adapted_layers(language_model))
+        layers = list(adapted_layers(language_model))
         if not layers:
             raise ValueError(f"gate {gate!r} needs an adapter: add one, or use gate 'none'.")
         for name, layer in layers:
@@ -138,7 +142,7 @@ class Gate:
     def _where(self, output: Tensor, name: str, tokens: int = 1) -> Tensor:
         rows, positions = self.mask.shape
         shape, end_to_end = output.shape, output.dim() == 2
-        length = shape[0] // rows if end_to_end else shape[tokens]
+        length = (self.length or shape[0] // rows) if end_to_end else shape[tokens]
         whole = shape[0] == rows * length if end_to_end else shape[0] == rows
         if not whole or positions not in (1, length):
             raise ValueError(
@@ -177,11 +181,3 @@ def _adds_what_B_gives(layer: nn.Module) -> bool:
 
     plain = isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", {})
     return plain and isinstance(layer.lora_B, nn.ModuleDict)
-
-
-def _adapted_layers(language_model: nn.Module):
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, layer in language_model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            yield name, layer

@@ -186,6 +186,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         shut = adapter_mask is not None and not adapter_mask.all()
         self._gate.mask = adapter_mask if shut else None
+        self._gate.length = inputs_embeds.shape[1]
         if packed is not None:
             attention_mask, kwargs = NO_MASK, kwargs | {"packed": packed}
         call = kwargs | {

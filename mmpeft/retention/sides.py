@@ -289,8 +289,8 @@ def open_sides(base: str, tuned: str, dtype: str = "auto", device: str | None = 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import mmpeft.tuners  # noqa: F401 (importing them makes peft know them)
-    from mmpeft.adapters import is_base_when_off, probe
     from mmpeft.starter import resolve
+    from mmpeft.trial import is_base_when_off, probe
 
     base, tuned = str(resolve(base)), str(resolve(tuned))
     device = device or default_device()

@@ -13,6 +13,8 @@ from mmpeft.tuners.base import register
 from mmpeft.tuners.merging import MergingLayer, MergingTuner
 from mmpeft.tuners.sublayers import LINEAR
 
+CONVOLUTION = (nn.Conv1d, nn.Conv2d)
+
 
 @dataclass
 class BitFitConfig(PeftConfig):
@@ -51,6 +53,9 @@ class BitFitLayer(MergingLayer):
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if not isinstance(output, Tensor) or isinstance(self.base_layer, CONVOLUTION):
+            # routers give more than scores, and the channels of a convolution do not come last
+            return self.with_adapted_parameters(x, *args, **kwargs)
         change = self.bitfit_bias[self.adapter_name].expand(output.shape)
         return (output + self.close(change, self.tokens)).to(output.dtype)
 

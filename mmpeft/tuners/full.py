@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mmpeft.adapters import resolve_targets
 from mmpeft.tuners.base import register
@@ -54,11 +53,7 @@ class FullTuningLayer(MergingLayer):
         """``(B, T, in)`` to ``(B, T, out)``."""
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        adapted = functional_call(
-            self.base_layer, self.adapted_parameters(), (x, *args), kwargs, tie_weights=False
-        )
-        base = lambda: self.base_layer(x, *args, **kwargs)  # noqa: E731
-        return self.choose(adapted, base, self.tokens)
+        return self.with_adapted_parameters(x, *args, **kwargs)
 
     def adapted_parameters(self) -> dict[str, Tensor]:
         """The copies, in the LLM's type."""

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from mmpeft.trial import find_tokens_third
 from mmpeft.tuners.base import Layer, Tuner
 
 
@@ -19,6 +21,32 @@ class MergingLayer(Layer):
     def adapted_parameters(self) -> dict[str, Tensor]:
         """The module's parameters as the adapter has them, by name, in the module's own type."""
         raise NotImplementedError
+
+    def with_adapted_parameters(self, *args, **kwargs):
+        """What the module gives with them; what it gives by itself where the gate is shut.
+
+        A tuple, as routers to experts give, is chosen part by part.
+
+        Raises:
+            ValueError: the dial is on a router, whose choice is whole or none.
+        """
+        adapted = functional_call(
+            self.base_layer, self.adapted_parameters(), args, kwargs, tie_weights=False
+        )
+        if isinstance(adapted, Tensor):
+            return self.choose(adapted, lambda: self.base_layer(*args, **kwargs), self.tokens)
+        if self.dial != 1:
+            raise ValueError(
+                f"the dial cannot scale {type(self.base_layer).__name__}, which chooses experts; "
+                "leave it out of target_modules, or do without the dial."
+            )
+        if self.gate is None:
+            return adapted
+        own = self.base_layer(*args, **kwargs)
+        return tuple(
+            self.gate.choose(one, lambda base=base: base, tokens=self.tokens)
+            for one, base in zip(adapted, own, strict=True)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put them into the module.
@@ -58,39 +86,9 @@ class MergingTuner(Tuner):
     def wrap(self, module, adapter_name, config, path) -> MergingLayer:
         """The adapted module at ``path``."""
         layer = super().wrap(module, adapter_name, config, path)
-        layer.tokens = 2 if path in self._behind_heads else 1
+        layer.tokens = 2 if path in self._tokens_third else 1
         return layer
 
     def _pre_injection_hook(self, model, config, adapter_name):
         super()._pre_injection_hook(model, config, adapter_name)
-        self._behind_heads = find_behind_heads(model)
-
-
-@torch.no_grad()
-def find_behind_heads(language_model: nn.Module) -> set[str]:
-    """Paths of modules that see heads in front of tokens, ``(B, heads, T, d)``: some LLMs' norms.
-
-    A shape does not tell, for there may be as many tokens as heads. Tries it: the second dimension
-    of other inputs grows with the tokens. Empty where there are no weights yet.
-    """
-    table = language_model.get_input_embeddings().weight
-    if table.device.type == "meta":
-        return set()
-    seen: dict[str, set] = {}
-
-    def look(path, args):
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            seen.setdefault(path, set()).add(args[0].shape[1:3])
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, path=path: look(path, args))
-        for path, module in language_model.named_modules()
-    ]
-    try:
-        for count in (2, 3):
-            ids = torch.arange(count, device=table.device)[None]
-            language_model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path for path, shapes in seen.items() if len({heads for heads, _ in shapes}) == 1}
+        self._tokens_third = find_tokens_third(model)

@@ -286,6 +286,22 @@ def adapted_layers(language_model: nn.Module):
             yield name, layer
 
 
+def require_own_weights(language_model: nn.Module) -> None:
+    """Refuse to merge adapters of layers that share a weight: it would take up all of them.
+
+    Raises:
+        ValueError: there are such layers, as in Zamba2.
+    """
+    first = {}
+    for path, layer in adapted_layers(language_model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is not None and first.setdefault(id(weight), path) != path:
+            raise ValueError(
+                f"the adapter cannot be merged: {first[id(weight)]} and {path} share one weight, "
+                "and each has an adapter of its own. Keep the adapter beside the LLM."
+            )
+
+
 def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
     """The parameters a peft method added to the LLM; empty when there is no adapter."""
     return list({id(p): p for part in _adapter_parts(language_model) for p in part}.values())

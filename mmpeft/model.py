@@ -417,13 +417,18 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.train(self.training)
 
     def merge_adapter(self):
-        """Fold the adapter into the LLM's weights, in place; only for gate ``none``."""
+        """Fold the adapter into the LLM's weights, in place; only for gate ``none``.
+
+        Raises:
+            ValueError: there is a gate, or the method or the LLM does not allow it.
+        """
         if self.config.gate != "none":
             raise ValueError(
                 f"a gated adapter (gate {self.config.gate!r}) cannot be merged: the base must "
                 "stay reachable for rows without an image."
             )
         if hasattr(self.language_model, "peft_config"):
+            adapters.require_own_weights(self.language_model)
             self.language_model = self.language_model.merge_and_unload()
         return self
 

@@ -167,3 +167,14 @@ def test_names_that_peft_takes_for_experts_are_refused():
     with pytest.raises(ValueError, match="peft takes .*down_proj.*all its experts.*'o_proj'"):
         attach_adapter(random_llm("deepseek_v3"), config)
     attach_adapter(random_llm("deepseek_v3"), LoraConfig(target_modules=["o_proj"]))
+
+
+def test_layers_that_share_a_weight_are_not_merged(make_bridge):
+    # as in Zamba2, whose shared block stands in several places
+    model, _ = make_bridge("none")
+    first, second = model.language_model.get_base_model().model.layers
+    model.merge_adapter()
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    model.language_model = attach_adapter(model.language_model, LoraConfig())
+    with pytest.raises(ValueError, match=r"layers.0.* and .*layers.1.*q_proj share one weight"):
+        model.merge_adapter()

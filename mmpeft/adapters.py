@@ -74,7 +74,13 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
     before = probe(language_model)
     asked = getattr(adapter, "target_modules", None)
     parameters = set(getattr(adapter, "target_parameters", None) or ())
-    wrapped = wrap(language_model, adapter, new)
+    try:
+        wrapped = wrap(language_model, adapter, new)
+    except (TypeError, NotImplementedError) as error:  # peft's words for a kind of layer
+        raise ValueError(
+            f"adapter {type(adapter).__name__} does not serve these layers ({error}); choose other "
+            "target_modules, or another method, for example LoraConfig."
+        ) from error
     _require_targets_kept(asked, parameters, wrapped)
     if before is not None and not is_base_when_off(wrapped, before):
         raise ValueError(

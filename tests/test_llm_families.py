@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoKrConfig, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmpeft.adapters import adapted_layers, adapter_parameters, attach_adapter
@@ -13,7 +13,7 @@ from mmpeft.tuners.bitfit import BitFitConfig
 from mmpeft.tuners.dylora import DyLoraConfig
 from mmpeft.tuners.full import FullTuningConfig
 
-from .test_tuners_layers import fill
+from .test_tuners_layers import fill, tiny_llm
 
 LLAMA = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -178,3 +178,8 @@ def test_layers_that_share_a_weight_are_not_merged(make_bridge):
     model.language_model = attach_adapter(model.language_model, LoraConfig())
     with pytest.raises(ValueError, match=r"layers.0.* and .*layers.1.*q_proj share one weight"):
         model.merge_adapter()
+
+
+def test_a_kind_of_layer_that_a_method_does_not_know_is_one_line():
+    with pytest.raises(ValueError, match="LoKrConfig does not serve .*Conv1D.*another method"):
+        attach_adapter(tiny_llm("gpt2"), LoKrConfig(target_modules=["c_attn"]))

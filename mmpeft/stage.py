@@ -71,6 +71,11 @@ class StageConfig(TrainingArguments):
         if self.dataloader_num_workers:  # a tokenizer with threads warns when it is forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         super().__post_init__()
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "activation_checkpointing_kwargs.use_reentrant true walks back through what layers "
+                "share (prompts, masks) once for each; leave it out."
+            )
 
 
 def _free_cores() -> int:

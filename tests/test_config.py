@@ -183,6 +183,16 @@ def test_workers_are_for_a_device_that_would_wait(
 
 
 @pytest.mark.parametrize(
+    "name", ["activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"]
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_reentrant_checkpointing_is_refused(name):
+    # prompts and prefixes are shared by layers: torch ended in "backward a second time"
+    with pytest.raises(ValueError, match="use_reentrant true .*leave it out"):
+        StageConfig(output_dir="x", **{name: {"use_reentrant": True}})
+
+
+@pytest.mark.parametrize(
     "words",
     [["--model.adapter", "BottleneckConfig"], ["--model.adapter=BottleneckConfig"],
      ["--model.adapter", "mmpeft.tuners.BottleneckConfig"],

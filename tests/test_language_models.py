@@ -16,7 +16,6 @@ from transformers import (
 from transformers.utils import logging
 
 from mmpeft import BridgeForConditionalGeneration, BridgeProcessor
-from mmpeft.adapters import resolve_targets
 from mmpeft.attention import serve_packed_rows
 from mmpeft.chat_session import SIDES, ChatSession
 from mmpeft.connectors.mlp import MLPConnectorConfig
@@ -36,6 +35,7 @@ from mmpeft.language_model import (
 )
 from mmpeft.packing import share_prefix
 from mmpeft.prefix import SharedPrompts
+from mmpeft.targets import resolve_targets
 from mmpeft.tuners.prompt import PromptConfig
 
 from .conftest import assistant, model_inputs, user

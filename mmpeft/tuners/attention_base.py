@@ -214,7 +214,7 @@ class AttentionTuner(Tuner):
     @classmethod
     def find_targets(cls, language_model: nn.Module, config: PeftConfig) -> list[str]:
         """The attention modules, or those of them that are asked for."""
-        from mmpeft.adapters import resolve_targets
+        from mmpeft.targets import resolve_targets
 
         found = list(find_attention(language_model))
         if config.target_modules is None:
@@ -324,7 +324,7 @@ def all_of(language_model: nn.Module, config: PeftConfig, found: list[str]) -> l
     Raises:
         ValueError: the config chooses.
     """
-    from mmpeft.adapters import resolve_targets
+    from mmpeft.targets import resolve_targets
 
     modules = {language_model.get_submodule(path) for path in found}
     chosen = config.target_modules

@@ -83,7 +83,7 @@ class Tuner(BaseTuner):
         Raises:
             ValueError: there are none, or a name fits none.
         """
-        from mmpeft.adapters import resolve_targets
+        from mmpeft.targets import resolve_targets
 
         return resolve_targets(language_model, config.target_modules)
 

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
-from mmpeft.adapters import resolve_targets
+from mmpeft.targets import resolve_targets
 from mmpeft.tuners.base import register
 from mmpeft.tuners.merging import MergingLayer, MergingTuner
 from mmpeft.tuners.sublayers import LINEAR

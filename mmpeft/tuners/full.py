@@ -6,7 +6,7 @@ from typing import ClassVar
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.adapters import resolve_targets
+from mmpeft.targets import resolve_targets
 from mmpeft.tuners.base import register
 from mmpeft.tuners.merging import MergingLayer, MergingTuner
 from mmpeft.tuners.sublayers import LINEAR, decoder_layers

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from mmpeft.adapters import resolve_targets
+from mmpeft.targets import resolve_targets
 
 Kind = Literal["attention", "ffn"]
 LINEAR = (nn.Linear, Conv1D)

@@ -1,7 +1,9 @@
 """mmpeft compare: what a grid means, cells as processes, resuming, and the table by hand."""
 
 import copy
+import csv
 import fcntl
+import io
 import json
 import math
 import re
@@ -220,12 +222,13 @@ def test_cells_are_processes_and_only_what_failed_is_run_again(write_grid, recip
     assert result.stat().st_mtime_ns == before and "1/2" in err  # one was there
     assert "lost" in table_text and "failed" not in table_text
 
-    for name in ("compare.json", "table.md", "table.csv"):
+    for name in ("compare.json", "table.md", "table.csv", "cells.csv"):
         (out / name).unlink()
     assert cli.main(["compare", str(out)]) == 0  # draws what is there
     assert capsys.readouterr().out == table_text
     assert (out / "table.md").read_text().startswith("| data | seeds | trained |")
     assert (out / "table.csv").read_text().startswith("data,seeds,trained_parameters,")
+    assert (out / "cells.csv").read_text().startswith("data,seed,connector_parameters,")
 
 
 def test_results_of_another_configuration_are_never_replaced_unasked(
@@ -609,6 +612,14 @@ def test_numbers_of_the_files_are_those_of_the_report():
     assert float(first["retention_text_low"]) == report["rows"][0]["retention"]["text"]["ci95"][0]
     assert (first["rank"], first["seeds"], first["front_text"]) == ("2", "2", "True")
     assert len(lines) == 3 and table.as_markdown(report).count("\n| ") == 3
+    cells = list(csv.DictReader(io.StringIO(table.cells_as_csv(results))))
+    assert [(one["rank"], one["seed"]) for one in cells] == [
+        ("2", "0"), ("2", "1"), ("4", "0"), ("4", "1"),
+    ]  # fmt: skip
+    assert [float(one["accuracy"]) for one in cells[:2]] == (
+        report["rows"][0]["metrics"]["accuracy"]["values"]
+    )
+    assert float(cells[3]["retention_text"]) == results[3]["retention"]["text"]["delta"]
 
 
 def test_figures_are_drawn_where_they_have_something_to_show(tmp_path):

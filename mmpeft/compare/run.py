@@ -14,7 +14,7 @@ from mmpeft import __version__
 from mmpeft.compare.cell import read_result, write_json
 from mmpeft.compare.figures import draw_front, draw_ranks
 from mmpeft.compare.grid import Cell, GridConfig, load_grid
-from mmpeft.compare.table import as_csv, as_markdown, pool
+from mmpeft.compare.table import as_csv, as_markdown, cells_as_csv, pool
 from mmpeft.config import RunConfig, from_mapping
 from mmpeft.yaml_file import read_yaml
 
@@ -117,7 +117,9 @@ def redraw(folder) -> dict:
             missing.append(cell["name"])
     report = pool(grid, results, failures, missing, running)
     write_json(folder / "compare.json", report)
-    for name, text in (("table.md", as_markdown(report)), ("table.csv", as_csv(report))):
+    tables = {"table.md": as_markdown, "table.csv": as_csv}
+    texts = {name: write(report) for name, write in tables.items()}
+    for name, text in (texts | {"cells.csv": cells_as_csv(results)}).items():
         (folder / name).write_text(text)
     for name, draw in (("front.png", draw_front), ("rank.png", draw_ranks)):
         (folder / name).unlink(missing_ok=True)

@@ -280,6 +280,28 @@ def as_csv(report: dict) -> str:
                 line |= {f"{name}_less_first_low": low, f"{name}_less_first_high": high}
         line |= {f"front_{mode}": on for mode, on in row["on_front"].items()}
         lines.append(line)
+    return _csv(lines)
+
+
+def cells_as_csv(results: list[dict]) -> str:
+    """One line a cell, in full precision, for statistics of your own."""
+    lines = []
+    for cell in results:
+        trained = cell["train"]
+        line = {**cell["labels"], "seed": cell["seed"]}
+        line |= {f"{part}_parameters": n for part, n in trained["trained_parameters"].items()}
+        line |= {
+            "peak_memory_bytes": trained["peak_memory_bytes"],
+            "train_seconds": trained["seconds"],
+        }
+        line |= {name: one["value"] for name, one in cell["score"]["metrics"].items()}
+        for mode, one in cell.get("retention", {}).items():
+            line[f"retention_{mode}"] = one and one["delta"]
+        lines.append(line)
+    return _csv(lines)
+
+
+def _csv(lines: list[dict]) -> str:
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for line in lines for name in line))
     writer = csv.DictWriter(buffer, names, lineterminator="\n")

@@ -259,6 +259,25 @@ def test_top_mask_by_hand():
     assert top_mask(scores, 0.01).sum() == 1
 
 
+def test_propelt_sorts_its_scores_once_for_all_tokens(make_bridge, images, monkeypatch):
+    from mmpeft.tuners import propelt
+
+    sorts = []
+    monkeypatch.setattr(
+        propelt, "top_mask", lambda *args: sorts.append(args) or top_mask(*args)
+    )  # fmt: skip
+    model, processor = make_bridge("none", adapter=METHODS["propelt"]())
+    batch = mixed(processor, images)
+    with torch.no_grad():
+        first = model(**batch).logits
+        assert len(sorts) == 2 * 2 * 2  # layers, places, projections
+        assert torch.equal(model(**batch).logits, first) and len(sorts) == 8
+        fill(model.language_model)
+        assert not torch.equal(model(**batch).logits, first) and len(sorts) == 16
+        now = model(**batch).logits
+    assert torch.equal(model(**batch).logits, now) and len(sorts) == 24  # with gradients, always
+
+
 def test_propelt_masks_differ_by_layer_and_keep_their_share(make_bridge, images):
     model, processor = make_bridge("none", adapter=ProPELTConfig(bottleneck_size=8, share=0.3))
     layers = [m for m in model.modules() if isinstance(m, ProPELTLayer)]

@@ -69,6 +69,7 @@ class ProPELTLayer(AddingLayer):
         self.activation = activation(config) if config.kind == "adapter" else None
         self.reads = "input" if config.kind == "lora" else "output"
         self._shared = (prototypes,)  # not a part of this module: it is the tuner's
+        self._kept = (None, None)  # what masked weights were made of, and they
         down, up = (prototypes[adapter_name][f"{place}_{side}"] for side in ("down", "up"))
         for name, like in (("propelt_down_scores", down), ("propelt_up_scores", up)):
             scores = nn.Parameter(down_start(*like.shape))
@@ -82,13 +83,23 @@ class ProPELTLayer(AddingLayer):
             self.propelt_up_scores[self.adapter_name], self.share
         )
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The masked down- and up-projection; without gradients, kept from token to token."""
+        prototype, name = self._shared[0][self.adapter_name], self.adapter_name
+        down, up = prototype[f"{self.place}_down"], prototype[f"{self.place}_up"]
+        make = lambda: tuple(map(torch.mul, (down, up), self.masks()))  # noqa: E731
+        if torch.is_grad_enabled():
+            return make()
+        sources = down, up, self.propelt_down_scores[name], self.propelt_up_scores[name]
+        made_of = [(source.data_ptr(), source._version) for source in sources]
+        if self._kept[0] != made_of:
+            self._kept = made_of, make()
+        return self._kept[1]
+
     def contribution(self, x: Tensor) -> Tensor:
         """``(B, T, in or out)`` to ``(B, T, out)``."""
         prototype = self._shared[0][self.adapter_name]
-        down, up = (
-            prototype[f"{self.place}_{side}"] * mask
-            for side, mask in zip(("down", "up"), self.masks(), strict=True)
-        )
+        down, up = self.weights()
         x = self.propelt_dropout[self.adapter_name](self._cast_input_dtype(x, down.dtype))
         if self.activation is None:
             return F.linear(F.linear(x, down), up) * self.scaling

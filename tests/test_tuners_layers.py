@@ -1,5 +1,7 @@
 """Bottleneck, AdaMix, ProPELT, BitFit and full tuning: what each computes, trains and saves."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -654,3 +656,55 @@ def test_propelt_refuses_layers_of_other_shapes():
     llm.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 16)
     with torch.device("meta"), pytest.raises(ValueError, match="cannot share with it"):
         attach_adapter(llm.to("meta"), ProPELTConfig(kind="lora", target_modules=["q_proj"]))
+
+
+def test_what_is_made_of_parameters_is_made_anew_when_they_change():
+    from mmpeft.tuners.base import Kept
+
+    kept, parameter, made = Kept(), torch.nn.Parameter(torch.zeros(2)), []
+
+    def get(*parameters):
+        return kept.get(
+            parameters, lambda: made.append(1) or sum(p.detach() + 1 for p in parameters)
+        )
+
+    get(parameter)
+    get(parameter)
+    assert len(made) == 2  # with gradients, each time
+    with torch.no_grad():
+        assert get(parameter) is get(parameter) and len(made) == 3
+        parameter.add_(1)
+        assert get(parameter).tolist() == [2, 2] and len(made) == 4
+        parameter.data = torch.full((2,), 5.0)
+        assert get(parameter).tolist() == [6, 6] and len(made) == 5
+        other = torch.nn.Parameter(torch.full((2,), 7.0))
+        assert get(other).tolist() == [8, 8] and get(other, parameter).tolist() == [14, 14]
+    with torch.inference_mode():
+        own = torch.zeros(2)
+        assert get(own).tolist() == [1, 1] and own.add_(1) is own and get(own).tolist() == [2, 2]
+    assert copy.deepcopy(kept)._value is None
+
+
+@pytest.mark.parametrize("method", ["full", "p-tuning"])
+def test_generation_makes_the_adapted_weights_once(make_bridge, images, method, monkeypatch):
+    from mmpeft.tuners import full, prompt
+
+    calls = []
+    place, name = {
+        "full": (full.FullTuningLayer, "adapted_parameters"),
+        "p-tuning": (prompt.PromptEncoder, "forward"),
+    }[method]
+    made = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda self: calls.append(self) or made(self))
+    config = FullTuningConfig() if method == "full" else prompt.PTuningConfig()
+    model, processor = make_bridge("none", adapter=config, dtype="bfloat16")
+    model.eval()
+    calls.clear()
+    model.generate(**mixed(processor, images), max_new_tokens=3, min_new_tokens=3)
+    assert calls and len(calls) == len(set(map(id, calls)))
+    with torch.no_grad():  # a step of the optimizer
+        for parameter in adapter_parameters(model.language_model):
+            parameter.add_(0.1)
+    before = len(calls)
+    model.generate(**mixed(processor, images), max_new_tokens=1)
+    assert len(calls) == 2 * before

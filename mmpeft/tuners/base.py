@@ -5,8 +5,10 @@ tables by :func:`register`: ``get_peft_model``, ``save_pretrained``, ``disable_a
 ``PeftConfig.from_pretrained`` then serve it as they serve LoRA.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import torch
 from peft import PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -26,6 +28,40 @@ def register(config: type[PeftConfig], tuner: type["Tuner"]) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config
     PEFT_TYPE_TO_TUNER_MAPPING[config.method] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix
+
+
+class Kept:
+    """What is made of parameters, kept while they stay as they are and no gradient is wanted.
+
+    So generation makes it once, not for every token. A copy of it, or a pickle, is empty.
+    """
+
+    def __init__(self):
+        self._made_of, self._value = None, None
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def get(self, parameters: Iterable[Tensor], make: Callable):
+        """``make()``, or what it gave before of the same values of the same parameters."""
+        parameters = list(parameters)
+        if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):
+            self._made_of = self._value = None  # an inference tensor does not count its changes
+            return make()
+        made_of = [_State(p, p.data_ptr(), p._version) for p in parameters]
+        if made_of != self._made_of:
+            self._made_of, self._value = made_of, make()
+        return self._value
+
+
+class _State(NamedTuple):
+    parameter: Tensor  # held, so that no other can take its place in memory
+    place: int
+    version: int
+
+    def __eq__(self, other):
+        same = self.parameter is other.parameter
+        return same and (self.place, self.version) == (other.place, other.version)
 
 
 class Layer(nn.Module, BaseTunerLayer):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmpeft.trial import find_tokens_third
-from mmpeft.tuners.base import Layer, Tuner
+from mmpeft.tuners.base import Kept, Layer, Tuner
 
 
 class MergingLayer(Layer):
@@ -17,6 +17,10 @@ class MergingLayer(Layer):
 
     tokens = 1
     _before: dict | None = None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
+        super().__init__(base_layer, adapter_name)
+        self._adapted = Kept()
 
     def adapted_parameters(self) -> dict[str, Tensor]:
         """The module's parameters as the adapter has them, by name, in the module's own type."""
@@ -30,9 +34,9 @@ class MergingLayer(Layer):
         Raises:
             ValueError: the dial is on a router, whose choice is whole or none.
         """
-        adapted = functional_call(
-            self.base_layer, self.adapted_parameters(), args, kwargs, tie_weights=False
-        )
+        own = self.base_layer.parameters()
+        values = self._adapted.get([*own, *self._trained()], self.adapted_parameters)
+        adapted = functional_call(self.base_layer, values, args, kwargs, tie_weights=False)
         if isinstance(adapted, Tensor):
             return self.choose(adapted, lambda: self.base_layer(*args, **kwargs), self.tokens)
         if self.dial != 1:
@@ -47,6 +51,10 @@ class MergingLayer(Layer):
             self.gate.choose(one, lambda base=base: base, tokens=self.tokens)
             for one, base in zip(adapted, own, strict=True)
         )
+
+    def _trained(self):
+        """The adapter's own parameters."""
+        return (p for name in self.adapter_layer_names for p in getattr(self, name).parameters())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put them into the module.

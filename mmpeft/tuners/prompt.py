@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft.language_model import embedding_std, load_tokenizer
 from mmpeft.tuners.attention_base import FrontTuner, require_tokens, some_tokens
-from mmpeft.tuners.base import register
+from mmpeft.tuners.base import Kept, register
 
 
 @dataclass
@@ -167,7 +167,7 @@ class PTuningModel(FrontTuner):
     def source(self) -> Tensor:
         """The prompt ``(P, D)``."""
         (encoder,) = self.prompt_encoder.values()
-        return encoder()
+        return self._encoded.get(encoder.parameters(), encoder)
 
     def compute(self, source: Tensor) -> None:
         """Its keys and values."""
@@ -176,7 +176,7 @@ class PTuningModel(FrontTuner):
     def _pre_injection_hook(self, model, config, adapter_name):
         super()._pre_injection_hook(model, config, adapter_name)
         width = model.get_input_embeddings().weight.shape[1]
-        encoder = PromptEncoder(config, width, self.device)
+        encoder, self._encoded = PromptEncoder(config, width, self.device), Kept()
         self.prompt_encoder = nn.ModuleDict({adapter_name: encoder})
 
 

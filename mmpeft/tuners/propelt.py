@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from mmpeft.tuners.adding import AddingLayer, AddingOptions, activation, bottleneck, down_start
-from mmpeft.tuners.base import Tuner, register
+from mmpeft.tuners.base import Kept, Tuner, register
 from mmpeft.tuners.sublayers import Kind, find_outputs, hidden_size, sizes
 
 
@@ -69,7 +69,7 @@ class ProPELTLayer(AddingLayer):
         self.activation = activation(config) if config.kind == "adapter" else None
         self.reads = "input" if config.kind == "lora" else "output"
         self._shared = (prototypes,)  # not a part of this module: it is the tuner's
-        self._kept = (None, None)  # what masked weights were made of, and they
+        self._masked = Kept()
         down, up = (prototypes[adapter_name][f"{place}_{side}"] for side in ("down", "up"))
         for name, like in (("propelt_down_scores", down), ("propelt_up_scores", up)):
             scores = nn.Parameter(down_start(*like.shape))
@@ -84,17 +84,11 @@ class ProPELTLayer(AddingLayer):
         )
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The masked down- and up-projection; without gradients, kept from token to token."""
+        """The masked down- and up-projection."""
         prototype, name = self._shared[0][self.adapter_name], self.adapter_name
         down, up = prototype[f"{self.place}_down"], prototype[f"{self.place}_up"]
-        make = lambda: tuple(map(torch.mul, (down, up), self.masks()))  # noqa: E731
-        if torch.is_grad_enabled():
-            return make()
         sources = down, up, self.propelt_down_scores[name], self.propelt_up_scores[name]
-        made_of = [(source.data_ptr(), source._version) for source in sources]
-        if self._kept[0] != made_of:
-            self._kept = made_of, make()
-        return self._kept[1]
+        return self._masked.get(sources, lambda: tuple(map(torch.mul, (down, up), self.masks())))
 
     def contribution(self, x: Tensor) -> Tensor:
         """``(B, T, in or out)`` to ``(B, T, out)``."""

@@ -19,6 +19,8 @@ UNSERVED = {
     "alora_invocation_tokens": "looks for words among token ids, which a bridge does not hand on; "
     "leave it out, gates are there for that",
     "use_qalora": "is read for GPTQ layers alone; leave it out",
+    "use_asa": "moves subspaces as training goes on, which is not served; leave it out",
+    "monteclora_config": "adds a loss of its own, which is not served; leave it out",
     "arrow_config": "mixes several adapters, of which a bridge has one; leave it out",
     "layers_to_transform": "is not read; write target_modules as a regular expression that matches "
     "the full names, for example '.*layers\\.[01]\\..*q_proj'",
@@ -114,7 +116,8 @@ def _require_addition(adapter) -> None:
             f"adapter {type(adapter).__name__} {reason}; choose another, for example LoraConfig."
         )
     for option, reason in UNSERVED.items():
-        if value := getattr(adapter, option, None):
+        value = getattr(adapter, option, None)
+        if value or (value == 0 and value is not False):  # 0 is a layer
             raise ValueError(f"adapter: {option} {value!r} {reason}.")
     if (bias := getattr(adapter, "bias", "none")) != "none":
         raise ValueError(

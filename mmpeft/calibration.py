@@ -7,10 +7,12 @@ from mmpeft.data import ConversationDataset, join_images
 from mmpeft.language_model import embedding_std
 from mmpeft.streaming import some
 
+ROWS = 4  # looked at for each picture wanted: some rows may have none
+
 
 @torch.no_grad()
 def calibrate(model, dataset: ConversationDataset, num_images: int = 256, cache=None) -> None:
-    """Give the connector the statistics of the frozen features, from evenly spread samples.
+    """Give the connector the statistics of the frozen features, from samples of all rows.
 
     Those of a stream are its first.
 
@@ -22,7 +24,7 @@ def calibrate(model, dataset: ConversationDataset, num_images: int = 256, cache=
         cache = None
     if store is not None:
         dataset.store = store if cache else None
-    for index in some(dataset, num_images):
+    for index in some(dataset, ROWS * num_images):
         images = join_images([dataset[index]])
         if images:  # one picture, or one tile, of each sample
             features.append(_one_of(model, images, len(features), cache))

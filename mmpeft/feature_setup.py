@@ -12,6 +12,7 @@ from mmpeft.config import STAGES, RunConfig
 from mmpeft.feature_cache import FeatureCache, bytes_text, say
 from mmpeft.feature_store import FeatureStore, bytes_in, write_shard
 from mmpeft.images import content_hash, image_size, load_image
+from mmpeft.streaming import some
 
 LOOKED_AT = 64  # samples that the size is estimated from
 TIMED = 8  # pictures that are timed
@@ -100,13 +101,12 @@ def _announce(cache: FeatureCache, size: float, times: tuple[float, float] | Non
 def estimate(cache: FeatureCache, datasets: list) -> tuple[float, list]:
     """Bytes that all features will take at most, and some pictures with their names.
 
-    From the sizes of the pictures of evenly spread samples; a picture that several samples show is
+    From the sizes of the pictures of some samples; a picture that several samples show is
     counted each time.
     """
     total, pictures = 0.0, []
     for dataset in datasets:
-        step = max(1, len(dataset) // LOOKED_AT)
-        looked_at, taken = range(0, len(dataset), step)[:LOOKED_AT], 0
+        looked_at, taken = some(dataset, LOOKED_AT), 0
         for index in looked_at:
             own, where = dataset.pictures(index)
             named = [(p, f"{where}: image {n}") for n, p in enumerate(own, 1)]
@@ -129,8 +129,7 @@ def _bytes(cache: FeatureCache, processor, picture, name: str) -> int:
 
 def measure(cache: FeatureCache, processor, pictures: list) -> tuple[float, float]:
     """Seconds a picture takes: to decode, resize and encode; to hash and to read from the disk."""
-    step = max(1, len(pictures) // TIMED)
-    pictures = pictures[::step][:TIMED]
+    pictures = [pictures[n] for n in some(pictures, TIMED)]
     return tuple(f(cache, processor, pictures) for f in (_seconds_to_encode, _seconds_to_read))
 
 

@@ -13,12 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from mmpeft import durable
 from mmpeft.language_model import load_language_model, load_tokenizer
 
+UNTHINKING = {"enable_thinking": False}  # as answers are learned; templates without it ignore it
 SENTINEL = "xMMPEFTx"  # user content that shows where a chat template puts it
 
 
@@ -74,9 +76,13 @@ def write_replay(
                     questions.append(text)
                 else:
                     dropped[f"{problem} question"] += 1
-            prompts = [_render(tokenizer, question) for question in questions]
+            prompts = [_render(tokenizer, question, **UNTHINKING) for question in questions]
             answers = sample(model, tokenizer, prompts) if prompts else []
-            for question, (text, problem) in zip(questions, answers, strict=True):
+            for question, prompt, (text, problem) in zip(questions, prompts, answers, strict=True):
+                if problem in (None, "unfinished") and not _is_read_as_written(
+                    tokenizer, question, prompt, text
+                ):
+                    problem = "malformed"
                 if problem not in (None, "unfinished"):
                     dropped[f"{problem} answer"] += 1
                 elif len(chats) == samples:
@@ -166,11 +172,21 @@ def sample(model, tokenizer, prompts: list[str], closing: str = "") -> list[tupl
     return results
 
 
-def _render(tokenizer, question: str) -> str:
+def _render(tokenizer, question: str, **options) -> str:
     """The prompt that asks a question, as text."""
     return tokenizer.apply_chat_template(
-        [_user(question)], tokenize=False, add_generation_prompt=True
+        [_user(question)], tokenize=False, add_generation_prompt=True, **options
     )
+
+
+def _is_read_as_written(tokenizer, question: str, prompt: str, answer: str) -> bool:
+    """Whether the chat, as it will be learned, has the answer where the LLM wrote it."""
+    chat = [_user(question), {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **UNTHINKING)
+    except TemplateError:  # the template refuses what it says
+        return False
+    return text.startswith(prompt + answer)
 
 
 def _user(question: str) -> dict:

@@ -15,7 +15,6 @@ B and A and the layer adds B A - B0 A0: the same function, but without the adapt
 import copy
 import sys
 from collections.abc import Iterable
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +191,8 @@ def _take(name: str, layer: LoraLayer, how: str, named: str) -> None:
     base.weight.data = own.clone()
     try:
         if how == "olora":
+            if layer.fan_in_fan_out:  # peft takes it for (out, in) all the same
+                base.weight.data = own.T.contiguous()
             layer.olora_init(ADAPTER)
         else:
             getattr(layer, f"{how}_init")(ADAPTER, named)
@@ -212,9 +213,9 @@ def _take(name: str, layer: LoraLayer, how: str, named: str) -> None:
 def start_from_data(model, config, data, cache=None) -> None:
     """Give a new adapter the start that its config takes out of training samples, if it does.
 
-    For CorDA ``kpm`` these are replay, else samples of stage instruct, evenly spread (of a stream
-    the first). Runs before that stage: by then the connector is aligned, and image tokens are what
-    they will be.
+    For CorDA ``kpm`` these are replay, else samples of stage instruct (of a stream the first).
+    Runs before that stage: by then the connector is aligned, and image tokens are what they will
+    be.
 
     Args:
         model: the bridge, whose adapter is untrained.
@@ -227,7 +228,9 @@ def start_from_data(model, config, data, cache=None) -> None:
     if how not in FROM_DATA:
         return
     dataset = data.replay if _preserves(adapter) else data.instruct
-    drawn = islice(some(dataset, config.data.start_samples), config.data.start_samples)
+    drawn = some(dataset, config.data.start_samples)
+    if isinstance(drawn, list):
+        drawn.sort()  # as the rows lie, like those of a stream
     samples = [dataset[index] for index in tqdm(drawn, desc=f"{how} reads")]
     model.to(config.instruct.device).eval()
     ask = _Ask(model, cache)
@@ -309,6 +312,10 @@ def eva(language_model: nn.Module, samples: list[dict], ask) -> None:
         if made is not was:  # the module stays, since the gate hooks on it
             was.weight, was.in_features = nn.Parameter(made.weight.to(dtype)), made.in_features
             layer.lora_B[ADAPTER] = was
+        if config.use_dora:  # made anew with the rank, in the type of the LLM
+            layer.lora_magnitude_vector[ADAPTER].to(dtype)
+    if config.use_dora:
+        _exact_magnitudes(language_model)
 
 
 def _eva_batches(samples: list[dict], least: int, learned: bool, ask) -> list[dict]:

@@ -4,6 +4,7 @@ The process that trains reads; what is drawn for a sample is the row itself, in 
 So a row is read once and the order is the same, however many workers make samples of rows.
 """
 
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice, repeat, takewhile
@@ -126,7 +127,11 @@ class StreamSampler(Sampler):
 
 
 def some(dataset, count: int) -> Iterable:
-    """By what to draw about ``count`` samples: evenly spread; of a stream, the first."""
+    """By what to draw ``count`` samples, or all there are: of a stream, the first.
+
+    Else they are drawn from all rows, the same each time; a part of them is, too.
+    """
     if isinstance(dataset, StreamDataset):
         return dataset.first(count)
-    return range(0, len(dataset), max(1, len(dataset) // count))
+    size = len(dataset)
+    return random.Random(0).sample(range(size), min(count, size))

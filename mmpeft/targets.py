@@ -57,9 +57,10 @@ def _usual_of_ia3(language_model: nn.Module) -> list[str]:
     """What (IA)^3 scales: as peft has it for this LLM, else keys, values and within the FFN."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
-    if names := TARGETS.get(language_model.config.model_type):
-        return names
     names = [name for name, module in language_model.named_modules() if _is_linear(module)]
+    usual = TARGETS.get(language_model.config.model_type)
+    if usual and set(usual) <= set(last_parts(names)):  # else they were, before transformers 5
+        return usual
     if not {"k_proj", "v_proj"} <= set(last_parts(names)):
         raise ValueError(
             f"peft has no default targets of (IA)^3 for {language_model.config.model_type!r}; set "
@@ -74,8 +75,9 @@ def _ffn_outputs(language_model: nn.Module) -> list[str]:
 
     from mmpeft.tuners.sublayers import find_sublayers
 
-    if names := OUTPUTS.get(language_model.config.model_type):
-        return names
+    usual = OUTPUTS.get(language_model.config.model_type)
+    if usual and all(_named((n for n, _ in language_model.named_modules()), one) for one in usual):
+        return usual
     return [one.output for one in find_sublayers(language_model) if one.kind == "ffn"]
 
 
@@ -84,9 +86,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A layer with weights of its own that is neither linear nor a table."""
-    own = any(True for _ in module.parameters(recurse=False))
-    return own and not isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    """A layer of vectors alone; others with parameters are linear, tables, experts, recurrences."""
+    own = list(module.parameters())
+    inside = any(True for _ in module.children())
+    return bool(own) and not inside and all(parameter.dim() <= 1 for parameter in own)
 
 
 def resolve_targets(

@@ -11,7 +11,7 @@ from mmpeft.config import RunConfig
 from mmpeft.data import ConversationDataset
 from mmpeft.language_model import branch_limit
 from mmpeft.mixture import Mixture, shared_out, with_replay
-from mmpeft.streaming import FIRST, StreamDataset, some
+from mmpeft.streaming import FIRST, StreamDataset
 
 
 @dataclass
@@ -120,7 +120,8 @@ def has_pictures(dataset: ConversationDataset) -> bool:
     """Whether any row has one, of a stream any of the first; if none has, reads all rows, once."""
     if dataset.seeing is not None:
         return dataset.seeing
-    every = some(dataset, FIRST if isinstance(dataset, StreamDataset) else len(dataset))
+    stream = isinstance(dataset, StreamDataset)
+    every = dataset.first(FIRST) if stream else range(len(dataset))
     every = tqdm(every, desc=f"pictures of {dataset.task.name}", delay=3, leave=False)
     dataset.seeing = any(dataset.pictures(one)[0] for one in every)
     return dataset.seeing

@@ -13,12 +13,16 @@ NO_TENSOR = "the layer returns more than a tensor, to which this method cannot a
 
 @torch.no_grad()
 def probe(language_model: nn.Module, tokens: int = 8) -> Tensor | None:
-    """Logits of a few tokens; ``None`` where there are no weights yet."""
+    """Logits of a few tokens; ``None`` where there are no weights yet.
+
+    Not compiled: compiled layers do not look for new hooks.
+    """
     table = language_model.get_input_embeddings().weight
     if table.device.type == "meta":
         return None
     ids = torch.arange(tokens, device=table.device)[None] * 7 % len(table)
-    return language_model(input_ids=ids, use_cache=False).logits
+    with torch.compiler.set_stance("force_eager"):
+        return language_model(input_ids=ids, use_cache=False).logits
 
 
 def is_base_when_off(wrapped, before: Tensor) -> bool:

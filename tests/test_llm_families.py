@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoKrConfig, LoraConfig
+from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmpeft.adapters import adapted_layers, adapter_parameters, attach_adapter
@@ -183,3 +183,30 @@ def test_layers_that_share_a_weight_are_not_merged(make_bridge):
 def test_a_kind_of_layer_that_a_method_does_not_know_is_one_line():
     with pytest.raises(ValueError, match="LoKrConfig does not serve .*Conv1D.*another method"):
         attach_adapter(tiny_llm("gpt2"), LoKrConfig(target_modules=["c_attn"]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mamba", "recurrent_gemma"])
+def test_ln_tuning_trains_norms_alone(family):
+    adapted = attach_adapter(random_llm(family), LNTuningConfig())
+    paths = [path for path, _ in adapted_layers(adapted)]
+    assert paths and all("norm" in path.rpartition(".")[2] for path in paths)
+
+
+def test_ia3_where_pefts_names_are_of_old():
+    # peft's table has w2, an expert's layer before transformers 5
+    with pytest.raises(ValueError, match="mixtral: .* has no ffn .*; set target_modules"):
+        attach_adapter(random_llm("mixtral"), IA3Config())
+    config = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+    assert len(list(adapted_layers(attach_adapter(random_llm("mixtral"), config)))) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trial_is_not_compiled():
+    # compiled layers call the hooks they were compiled with
+    for _ in range(2):
+        llm = random_llm("llama4_text")
+        for layer in llm.model.layers:
+            layer.compile(dynamic=True, backend="eager")
+        first = find_unserved(llm)
+        again = find_unserved(llm)
+        assert first == again and len(first) == 2

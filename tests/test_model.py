@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import MontecloraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -175,12 +176,21 @@ def test_a_target_that_hits_nothing_is_an_error(make_bridge):
     ("init_lora_weights", "lora_ga"), ("bias", "lora_only"),
     ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]), ("layer_replication", [(0, 2)]),
     ("trainable_token_indices", [1]), ("use_qalora", True), ("alora_invocation_tokens", [1]),
+    ("layers_to_transform", 0), ("monteclora_config", MontecloraConfig()),
 ])  # fmt: skip
 def test_an_adapter_that_is_more_than_an_addition_is_refused(make_bridge, option, value):
     from peft import LoraConfig
 
     adapter = LoraConfig(target_modules=["q_proj"], **{option: value})
     with pytest.raises(ValueError, match=f"^adapter: {option} .*; (leave it out|set|write) ?.*$"):
+        make_bridge("none", adapter=adapter)
+
+
+def test_an_option_that_wants_its_own_training_loop_is_refused(make_bridge):
+    from peft import AdamssConfig
+
+    adapter = AdamssConfig(target_modules=["q_proj"], use_asa=True)
+    with pytest.raises(ValueError, match="^adapter: use_asa True moves subspaces .*; leave it out"):
         make_bridge("none", adapter=adapter)
 
 

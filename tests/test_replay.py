@@ -1,5 +1,6 @@
 """Replay: chats an LLM writes itself, counted, reproducible, and good to train on."""
 
+import copy
 import json
 import shutil
 import string
@@ -63,6 +64,28 @@ class Says:
 def test_what_was_sampled_is_judged(tokenizer, text, closing, expected):
     found = sample(Says(tokenizer, text), tokenizer, ["prompt", "longer prompt"], closing)
     assert found == [expected] * 2
+
+
+def test_an_answer_stands_where_it_will_be_learned(tokenizer):
+    from mmpeft.chat_template import load_template
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = load_template("qwen3")
+    asked = replay._render(own, "why?", **replay.UNTHINKING)
+    assert asked.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert replay._is_read_as_written(own, "why?", asked, "Because.")
+    # a thought that was begun would be learned behind an empty one, a whole one be refused
+    begun = replay._render(own, "why?")
+    assert not replay._is_read_as_written(own, "why?", begun, "<think>\nOkay, the user")
+    assert not replay._is_read_as_written(own, "why?", begun, "<think>\nOkay</think>Because.")
+
+
+def test_what_would_be_learned_elsewhere_is_thrown_away(llm_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "_is_read_as_written", lambda _, question, *__: len(question) % 2)
+    report = write_replay(llm_dir, tmp_path / "replay.jsonl", **LIMITS)
+    assert report["dropped"]["malformed answer"] > 0
+    rows = map(json.loads, (tmp_path / "replay.jsonl").read_text().splitlines())
+    assert all(len(row["messages"][0]["content"]) % 2 for row in rows)
 
 
 def test_rows_are_written_counted_and_learned_from(llm_dir, tiny, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import mmpeft
 from mmpeft import checkpoint, starts
-from mmpeft.adapters import set_trainable
+from mmpeft.adapters import adapter_parameters, attach_adapter, set_trainable
 from mmpeft.attention import serve_packed_rows
 from mmpeft.data import Collator
 from mmpeft.text_kl import TextKL, summed_kl, summed_kl_in_chunks
@@ -335,6 +335,40 @@ def test_eva_is_pefts_own_on_the_same_activations(started, llm_dir, text, tmp_pa
     seen = {"adapter_mask": torch.ones(1, 1, dtype=torch.bool)}
     assert again(ids, **seen).logits.equal(model(ids, **seen).logits)
     assert model(ids).logits.equal(expected)
+
+
+def test_eva_with_dora_is_the_base_in_sixteen_bits(make_bridge, text):
+    options = {"use_dora": True, "eva_config": EvaConfig(rho=2.0, use_label_mask=False)}
+    model, _ = make_bridge("none", adapter=lora("eva", **options), dtype="bfloat16")
+    ids = torch.arange(20)[None]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # the fixture filled it
+            parameter.data.zero_()
+    starts.eva(model.language_model, *reads(model, text))
+    layers = starts.lora_layers(model.language_model).values()
+    assert len({layer.r["default"] for layer in layers}) > 1  # some moved
+    assert all(p.dtype == torch.float32 for p in adapter_parameters(model.language_model))
+    adapted = model.language_model(ids).logits
+    with model.disable_adapter():
+        assert model.language_model(ids).logits.equal(adapted)
+
+
+def test_olora_of_a_transposed_weight_is_of_the_weight():
+    # GPT-2 keeps (in, out); peft's own start takes a square one for (out, in)
+    from .test_tuners_layers import tiny_llm
+
+    found = {}
+    for name in ("attn.c_proj", "mlp.c_proj"):
+        llm = tiny_llm("gpt2")
+        config = LoraConfig(r=4, init_lora_weights="olora", target_modules=[name])
+        adapted = attach_adapter(llm, config)
+        layer = next(iter(starts.lora_layers(adapted).values()))
+        weight = layer.get_base_layer().weight.T  # (out, in)
+        q, r = torch.linalg.qr(weight)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        found[name] = b @ a
+        torch.testing.assert_close(found[name], q[:, :4] @ r[:4], atol=1e-5, rtol=1e-4)
+    assert found["mlp.c_proj"].shape == (32, 128)
 
 
 def test_eva_that_cannot_be_is_refused(started, text):

@@ -120,7 +120,17 @@ def test_the_first_rows_are_those_of_one_pass(tiny, tmp_path):
     for _ in range(2):
         assert [one.rows[0]["where"][-1] for one in some(rows, 9)] == list("12345")
     assert len(list(some(rows, 3))) == 3
-    assert list(some(list("abcdefg"), 3)) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("size", [1, 5, 300, 511, 767, 2000])
+def test_some_are_of_all_rows(size):
+    # 256 of 511 were the first 256
+    assert sorted(some(range(size), 4 * size)) == list(range(size))
+    chosen = list(some(range(size), 256))
+    assert len(set(chosen)) == min(256, size) and some(range(size), 256) == chosen
+    for part in (chosen, chosen[:100]):
+        tenths = {10 * index // size for index in part}
+        assert len(tenths) == min(10, size)
 
 
 def test_memory_does_not_grow_with_the_stream(tiny, monkeypatch):

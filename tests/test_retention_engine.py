@@ -22,7 +22,7 @@ CLOSE = {"abs": 1e-4}
 
 
 def requests(*pairs):
-    return [SimpleNamespace(args=pair) for pair in pairs]
+    return [SimpleNamespace(args=pair, doc_id=number) for number, pair in enumerate(pairs)]
 
 
 FEW_SHOT = "Question: Is the sky blue? Answer: yes. Question: Is grass red? Answer: no. "
@@ -279,15 +279,9 @@ def test_questions_behind_a_picture_equal_a_forward_of_the_whole_sequence(
 def test_the_same_words_behind_two_pictures_are_two_questions(tiny, images):
     exchanges = [Exchange(image) for image in images[:2]]
     lm = side_lm(tiny, "bridge", "with_image", exchanges)
-    # both contexts end in the same tokens once the spaces moved into the answer
-    pairs = [("same" + " " * k, " " * (9 - k) + "words") for k in range(1, 9)]
-    numbers = {lm.mode.split(context)[1] for context, _ in pairs}
-    assert numbers == {0, 1}
-    answers = lm.loglikelihood(requests(*pairs))
-    found = {
-        (lm.mode.split(context)[1], answer[0])
-        for (context, _), answer in zip(pairs, answers, strict=True)
-    }
+    asked = requests(*[("same", " words")] * 4)  # of four documents
+    answers = lm.loglikelihood(asked)
+    found = {(one.doc_id % 2, answer[0]) for one, answer in zip(asked, answers, strict=True)}
     assert len(found) == 2  # one value for each picture
 
 

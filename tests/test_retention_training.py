@@ -1,6 +1,7 @@
 """Text skills watched while training: logged, the best step kept, no step of training changed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,40 @@ def test_a_step_that_lost_too_much_is_not_kept(recipe, monkeypatch):
     run = train(recipe, [*WATCH, "--model.gate", "none"])
     front = json.loads((run / "front.json").read_text())
     assert [point["best"] for point in front] == [True, False]
+
+
+def watcher(points=(), modes=("text",)):
+    """A callback without a model, whose measurements are given."""
+    from mmpeft.retention.callback import RetentionCallback
+
+    found = object.__new__(RetentionCallback)
+    found.config = config.RetentionConfig(every_steps=1, max_drop=0.1)
+    found.exchanges, found.unmeasured, found.kept = dict.fromkeys(modes), set(), None
+    found.points = list(points)
+    return found
+
+
+def point(step, vision, best=False, delta=0.0):
+    return {"step": step, "vision": vision, "best": best, "modes": {"text": {"delta": delta}}}
+
+
+def test_a_mode_that_tells_nothing_keeps_no_step(capsys):
+    one = watcher(modes=("text", "after_image"))
+    assert not one.within(point(4, 0.5)) and watcher().within(point(4, 0.5))
+    one._say_unmeasured(point(4, 0.5))
+    one._say_unmeasured(point(8, 0.5))
+    assert capsys.readouterr().err.count("above chance in no task of mode after_image") == 1
+
+
+def test_a_resumed_run_keeps_its_best_step():
+    # step 300 was the best when the run was killed behind it; it goes on from step 200
+    one = watcher([point(100, 0.5), point(300, 0.6, best=True)])
+    one.on_train_begin(None, SimpleNamespace(global_step=200), None)
+    assert [p["step"] for p in one.points] == [100] and one.kept["step"] == 300
+    assert not one.beats(point(250, 0.55)) and one.kept  # best/ holds step 300
+    assert one.beats(point(250, 0.65))
+    assert one.beats(point(300, 0.58)) and one.kept is None  # measured again
+    assert not one.beats(point(350, 0.4))  # less than step 100, which no longer has the flag
 
 
 @pytest.mark.parametrize(("upper", "steps"), [(-0.03, [4]), (-0.01, [4, 8])])

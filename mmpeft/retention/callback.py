@@ -41,9 +41,13 @@ class RetentionCallback(TrainerCallback):
         self.trainer = None  # set when there is one
         path = self.run / "front.json"
         self.points = json.loads(path.read_text()) if path.is_file() else []
+        self.kept = None  # the point whose weights are in best/, where it is to be measured again
+        self.unmeasured: set[str] = set()  # modes that were said to tell nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
         # resumed: what was measured behind the last complete checkpoint is measured again
+        again = [point for point in self.points if point["step"] > state.global_step]
+        self.kept = next((point for point in again if point["best"]), None)
         self.points = [point for point in self.points if point["step"] <= state.global_step]
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -79,9 +83,8 @@ class RetentionCallback(TrainerCallback):
             "step": step, "metric": self.task.score_name, "vision": sum(right) / len(right),
             "modes": modes, "best": False,
         }  # fmt: skip
-        if self.within(point) and all(
-            point["vision"] > other["vision"] for other in self.points if other["best"]
-        ):
+        self._say_unmeasured(point)
+        if self.beats(point):
             for other in self.points:
                 other["best"] = False
             point["best"] = True
@@ -90,9 +93,30 @@ class RetentionCallback(TrainerCallback):
         durable.write(self.run / "front.json", json.dumps(self.points, indent=1) + "\n")
         return point
 
+    def beats(self, point: dict) -> bool:
+        """It may be kept, and sees better than all that might have been, and what `best/` holds."""
+        if self.kept is not None and point["step"] >= self.kept["step"]:
+            self.kept = None
+        others = [other for other in self.points if self.within(other)]
+        others += [] if self.kept is None else [self.kept]
+        return self.within(point) and all(point["vision"] > other["vision"] for other in others)
+
     def within(self, point: dict) -> bool:
-        """No mode has lost more than `max_drop`."""
-        return all(-body["delta"] <= self.config.max_drop for body in point["modes"].values())
+        """Every mode was measured, and none has lost more than `max_drop`."""
+        measured = point["modes"].keys() >= self.exchanges.keys()
+        return measured and all(
+            -body["delta"] <= self.config.max_drop for body in point["modes"].values()
+        )
+
+    def _say_unmeasured(self, point: dict) -> None:
+        """A mode in which the base is above chance in no task tells nothing; say so once."""
+        for mode in [*self.exchanges.keys() - point["modes"].keys() - self.unmeasured]:
+            self.unmeasured.add(mode)
+            print(
+                f"retention: the base is above chance in no task of mode {mode}, so no step is "
+                "kept as best; raise retention.samples, or leave the mode out of retention.modes.",
+                file=sys.stderr,
+            )
 
     def certain(self, point: dict) -> bool:
         """Some mode has lost more than `max_drop`, with one-sided 95% confidence."""

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from mmpeft.retention import measures
 from mmpeft.retention.engine import SideLM, certify
 from mmpeft.retention.modes import Exchange, Mode
@@ -120,7 +122,8 @@ def _row(suite, task, mode, items, margin, exact, result) -> dict | None:
         "metric": suite.metrics[task],
     }  # fmt: skip
     if ROW_KINDS[kind] == "perplexity":
-        mean = [sum(scores) / len(scores) for scores in (base, bridge)]
+        units = [one.units for one, _ in items]
+        mean = [float(np.average(scores, weights=units)) for scores in (base, bridge)]
         result.perplexities.append({
             **about, "n": len(base), "base": mean[0], "bridge": mean[1], "delta": mean[1] - mean[0],
         })  # fmt: skip
@@ -154,11 +157,10 @@ def _overall(suite, pairs, rows, margin, exact) -> dict | None:
     for row in rows:
         if not row["judgeable"] or row["kind"] == "graded":
             continue
-        twin = suite.metadata[row["name"]].get("same_items_as")
         for one, other in pairs[row["name"]]:
             base.append(one.score)
             bridge.append(other.score)
-            clusters.append(f"{twin}/{one.source}" if twin else f"{one.task}/{one.cluster}")
+            clusters.append(_cluster(suite, pairs, one))
             chances.append(row["chance"])
     if not base:
         return None
@@ -166,6 +168,16 @@ def _overall(suite, pairs, rows, margin, exact) -> dict | None:
         base, bridge, chance=sum(chances) / len(chances), margin=margin, clusters=clusters,
         exact=exact,
     )  # fmt: skip
+
+
+def _cluster(suite, pairs, item: Item) -> str:
+    """An item that asks another task's in its words is in that one's cluster."""
+    twin = suite.metadata[item.task].get("same_items_as")
+    if twin is None:
+        return f"{item.task}/{item.cluster}"
+    theirs = {one.doc_id: one.cluster for one, _ in pairs.get(twin, ())}
+    own = item.cluster if suite.metadata[item.task].get("cluster") else item.source
+    return f"{twin}/{theirs.get(item.source, own)}"
 
 
 def _control(items: list[tuple[Item, Item]], seen: list[Item]) -> dict:

@@ -10,7 +10,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mmpeft.language_model import context_length
 from mmpeft.retention.modes import Mode, without_mark
 from mmpeft.retention.plan import Question
 from mmpeft.retention.replies import write
@@ -68,18 +67,21 @@ class SideLM(TemplateLM):
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **special)
 
+    def _placed(self, request) -> str:
+        return self.mode.place(request.args[0], request.doc_id)
+
     # ---------------------------------------------------------------------------- log-likelihoods
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        asked = [self._question(*request.args) for request in requests]
+        asked = [self._question(self._placed(one), one.args[1]) for one in requests]
         self._score(asked)
         return [self.scored[pair] for pair in asked]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        longest = context_length(self.sides.text_config(self.side)) or UNBOUNDED
+        longest = self.sides.context() or UNBOUNDED
         texts = []
         for request in requests:
-            before, number, words = self.mode.split(request.args[0])
+            before, number, words = self.mode.split(self._placed(request))
             opening = self._opening(before, number)
             ids = self.tok_encode(words, add_special_tokens=False)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, longest // 2, 1)
@@ -156,8 +158,8 @@ class SideLM(TemplateLM):
         """Greedy replies. Raises RetentionError for tasks that sample."""
         by_options = defaultdict(list)
         for request in requests:
-            context, options = request.args
-            by_options[json.dumps(options, sort_keys=True)].append(context)
+            options = json.dumps(request.args[1], sort_keys=True)
+            by_options[options].append(self._placed(request))
         label = f"{self.mode.name}: {self.side} writes"
         with tqdm(total=len(requests), desc=label, unit="reply", leave=False) as bar:
             for options, contexts in by_options.items():
@@ -168,10 +170,10 @@ class SideLM(TemplateLM):
                         for context, reply in zip(rows, replies, strict=True)
                     }
                     bar.update(len(rows))
-        return [self.reply(*request.args)[0] for request in requests]
+        return [self.reply(self._placed(one), one.args[1])[0] for one in requests]
 
     def reply(self, context: str, options: dict) -> tuple[str, list[int], bool]:
-        """(text, token ids, ended by itself) of a reply that was written."""
+        """(text, token ids, ended by itself) of a reply that was written to a placed prompt."""
         return self.replies[context, json.dumps(options, sort_keys=True)]
 
     def _write(self, contexts: list[str], options: str) -> list[tuple[str, list[int], bool]]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MODES = ("text", "with_image", "after_image")
-_MARK = "\ue000{}\ue001"  # private-use characters: where the picture of exchange {} stands
-_MARKED = re.compile("\ue000(\\d+)\ue001")
+# private-use characters stand for what a document's exchange will put there
+PICTURE, QUESTION, ANSWER = "\ue000", "\ue002", "\ue003"
+_MARK = PICTURE + "{}\ue001"  # the picture of exchange {}
+_MARKED = re.compile(_MARK.format("(\\d+)"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Exchange:
 
 
 class Mode:
-    """How a mode words a prompt. Which exchange precedes it is settled by the prompt's words.
+    """How a mode words a prompt. Which exchange precedes it is settled by the document asked about.
+
+    All prompts of a document have the same one; the documents of a task take them in turn.
 
     Args:
         name: one of MODES.
@@ -50,30 +54,34 @@ class Mode:
         return self.name == "after_image"
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """Messages of lm-eval as one string in which a mark stands for the picture."""
+        """Messages of lm-eval as one string, in which marks stand for an exchange."""
         if self.name != "text":
-            number = self._number(messages[-1]["content"])
-            mark, exchange = _MARK.format(number), self.exchanges[number]
             first = next(i for i, m in enumerate(messages) if m["role"] == "user")
             if self.name == "with_image":
-                opened = messages[first] | {"content": mark + messages[first]["content"]}
+                opened = messages[first] | {"content": PICTURE + messages[first]["content"]}
                 messages = [*messages[:first], opened, *messages[first + 1 :]]
             else:
-                spoken = [{"role": "user", "content": mark + exchange.question},
-                          {"role": "assistant", "content": exchange.answer}]  # fmt: skip
+                spoken = [{"role": "user", "content": PICTURE + QUESTION},
+                          {"role": "assistant", "content": ANSWER}]  # fmt: skip
                 messages = [*messages[:first], *spoken, *messages[first:]]
         return self._chat(messages, add_generation_prompt)
 
+    def place(self, context: str, doc_id: int) -> str:
+        """A prompt with the exchange of its document; one that is no chat has it first."""
+        if self.name == "text":
+            return context
+        number = doc_id % len(self.exchanges)
+        exchange = self.exchanges[number]
+        if PICTURE not in context:
+            context = PICTURE + context
+        context = context.replace(PICTURE, _MARK.format(number), 1)
+        return context.replace(QUESTION, exchange.question, 1).replace(ANSWER, exchange.answer, 1)
+
     def split(self, context: str) -> tuple[str, int | None, str]:
-        """(words before the picture, number of the exchange or None, words after)."""
+        """Of a placed prompt (words before the picture, number of the exchange or None, after)."""
         if found := _MARKED.search(context):
             return context[: found.start()], int(found[1]), context[found.end() :]
-        if self.name == "text":
-            return "", None, context
-        return "", self._number(context), context
-
-    def _number(self, words: str) -> int:
-        return int(hashlib.sha256(words.encode()).hexdigest(), 16) % len(self.exchanges)
+        return "", None, context
 
 
 def without_mark(context: str) -> str:

@@ -126,7 +126,7 @@ def retain(
         "skipped": questions.skipped,
         "provenance": {
             "suite": {
-                "names": questions.names,
+                "names": [*questions.names, *sorted(questions.only)],
                 "versions": {t: m.get("version") for t, m in questions.metadata.items()},
                 "sha256": {mode: pairs_sha256(pairs) for mode, pairs in found.pairs.items()},
                 "samples": samples,

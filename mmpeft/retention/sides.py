@@ -6,6 +6,7 @@ take turns in memory.
 
 import gc
 import hashlib
+import json
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mmpeft.gate import gate_behind
+from mmpeft.language_model import context_length
 from mmpeft.weights import readable
 
 SIDES = ("base", "bridge")
@@ -98,9 +100,17 @@ class Sides:
         with self.on(side) as model:
             return model.config.get_text_config()
 
+    def context(self) -> int | None:
+        """Tokens that both sides can read at once; None: no limit is known."""
+        return context_length(self.text_config("base"))
+
     def dtype(self) -> str:
         with self.on("base") as model:
             return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+    def config(self, model, side: str):
+        """What decides, beside the weights, how the side computes."""
+        return model.config
 
     def setting(self, side: str) -> dict:
         """All that the answers of a side depend on, besides the questions."""
@@ -111,6 +121,8 @@ class Sides:
             return {
                 "side": side,
                 "sha256": self.identity(side)["sha256"],
+                "config": hash_config(self.config(model, side)),
+                "ends": str(getattr(model.generation_config, "eos_token_id", None)),
                 "gate": None if side == "base" else self.gate,  # one base for bridges of any gate
                 "dtype": str(weight.dtype),
                 "attention": model.config.get_text_config()._attn_implementation,
@@ -138,6 +150,9 @@ class BridgeSides(Sides):
         context = self.model.disable_adapter() if side in ("base", "control") else nullcontext()
         with evaluation(self.model), context:
             yield self.model
+
+    def config(self, model, side):
+        return model.config.get_text_config() if side == "base" else model.config
 
     def identity(self, side):
         base = self.model.config.identities["language_model"]
@@ -253,6 +268,13 @@ class CheckpointSides(Sides):
             self._loaded = (side, model.to(self._device).eval())
         with evaluation(self._loaded[1]):
             yield self._loaded[1]
+
+    def context(self):
+        from transformers import AutoConfig
+
+        configs = [AutoConfig.from_pretrained(name) for name in self.names.values()]
+        known = [context_length(config.get_text_config()) for config in configs]
+        return min((length for length in known if length), default=None)
 
     def identity(self, side):
         if side not in self._identities:
@@ -386,6 +408,22 @@ def hash_weights(*parts: dict | str) -> str:
             tensor = tensor.detach().contiguous().cpu()
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# of a config: where it came from and with what it was written, or what is known by other means
+NOT_COMPUTED = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def hash_config(config) -> str:
+    """SHA-256 of what a config says of the computation: of positions, windows, scales, layers."""
+
+    def said(value):
+        if not isinstance(value, dict):
+            return value
+        return {key: said(one) for key, one in value.items() if key not in NOT_COMPUTED}
+
+    text = json.dumps(said(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager

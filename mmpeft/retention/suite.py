@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import random
 import sys
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Item:
     finished: bool | None = None
     cluster: str = ""
     source: int | None = None  # the document of another task that asks the same
+    units: float = 1.0  # of running text, that its score is the mean of
 
 
 class Suite:
@@ -71,6 +73,7 @@ class Suite:
                 f"samples={samples}: use at least 1 item of each task, or None for all"
             )
         self.only: set[str] = set()  # tasks that were named out of a group that defines them
+        self.groups: list[str] = []  # these groups, where they were not named themselves
         self.data = {} if data_dir is None else {"data_dir": str(Path(data_dir).absolute())}
         self.manager = self._manager(folder)
         tasks = self.load()
@@ -82,6 +85,10 @@ class Suite:
             raise ValueError(f"nothing to ask: {', '.join(empty)} has no documents")
         self.metadata = {short(name): task.config.metadata or {} for name, task in tasks.items()}
         self.kinds = {short(name): task.OUTPUT_TYPE for name, task in tasks.items()}
+        self.errors = {  # metrics that count errors
+            short(name): {m for m, better in task.higher_is_better().items() if better is False}
+            for name, task in tasks.items()
+        }
         self.skipped = [
             {"task": short(name), "reason": f"{len(left)} documents cannot be judged"}
             for name, task in tasks.items()
@@ -103,7 +110,9 @@ class Suite:
             )
             inside = _inline(manager)
             self.only = {name for name in self.names if name in inside}
-            self.names = list(dict.fromkeys(inside.get(name, name) for name in self.names))
+            groups = dict.fromkeys(inside[name] for name in self.names if name in inside)
+            self.names = [name for name in self.names if name not in inside]
+            self.groups = [name for name in groups if name not in self.names]
             if self._complete(manager):
                 return manager
             manager = TaskManager(include_path=paths, metadata=self.data or None)
@@ -118,7 +127,7 @@ class Suite:
     def _complete(self, manager: TaskManager) -> bool:
         """All names are known, and so is all that they are made of."""
         known = {*manager.all_groups, *manager.all_tasks}
-        for name in self.names:
+        for name in [*self.names, *self.groups]:
             if name not in known:
                 return False
             group = manager.task_index[name].cfg or {}
@@ -134,20 +143,22 @@ class Suite:
         """{name: lm-eval task}, read anew, so that a document that changes is noticed."""
         try:
             with quiet():
-                tasks = self.manager.load(self.names)["tasks"]
-            named = {name: task for name, task in tasks.items() if short(name) in self.only}
-            return named or tasks
+                whole = self.manager.load(self.names)["tasks"] if self.names else {}
+                parts = self.manager.load(self.groups)["tasks"] if self.groups else {}
+            only = {name: task for name, task in parts.items() if short(name) in self.only}
+            return whole | only
         except ValueError:
             raise
         except Exception as error:  # lm-eval, datasets and the hub client raise many kinds
+            named = ", ".join([*self.names, *self.only])
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
             if not isinstance(error, UNREACHABLE):
                 raise ValueError(
-                    f"{', '.join(self.names)} cannot be loaded ({type(error).__name__}: {reason}); "
+                    f"{named} cannot be loaded ({type(error).__name__}: {reason}); "
                     "look at the YAML file of the task, its functions and its documents"
                 ) from error
             raise ValueError(
-                f"the data of {', '.join(self.names)} cannot be read: it is not on this machine "
+                f"the data of {named} cannot be read: it is not on this machine "
                 f"and cannot be had from the hub ({reason}). Fetch it once while online, or name a "
                 "task that reads local files (--suite standard_local --data_dir FOLDER, or your "
                 "own YAML with --include_path)."
@@ -203,16 +214,27 @@ class Suite:
         return found
 
     def _metric(self, task: str, row: dict) -> str:
-        """The metric that counts: the task's `metadata: {metric: ...}`, else its first number."""
+        """The metric that counts: the task's `metadata: {metric: ...}`, else its first number.
+
+        Raises:
+            ValueError: it has none for a single document, or one that is better when it is lower.
+        """
         wanted = self.metadata[task].get("metric")
-        numbers = [m for m in row["metrics"] if isinstance(row.get(m), (int, float))]
-        if wanted is not None and wanted not in numbers:
-            raise ValueError(f"task {task}: metadata names metric {wanted!r}; it has {numbers}")
-        if not numbers and not any(isinstance(row.get(m), tuple) for m in row["metrics"]):
+        rolling = self.kinds[task] == "loglikelihood_rolling"
+        kinds = tuple if rolling else (int, float)
+        usable = [m for m in row["metrics"] if isinstance(row.get(m), kinds)]
+        if wanted is not None and wanted not in usable:
+            raise ValueError(f"task {task}: metadata names metric {wanted!r}; it has {usable}")
+        if not usable:
             raise ValueError(f"task {task} has no metric for a single document: {row['metrics']}")
-        if wanted is None and "acc" in numbers:
-            return "acc"
-        return wanted or (numbers or row["metrics"])[0]
+        better = usable if rolling else [m for m in usable if m not in self.errors[task]]
+        found = wanted or ("acc" if "acc" in better else (better or usable)[0])
+        if found not in better:
+            raise ValueError(
+                f"task {task}: its metric {found!r} counts errors, and a loss would look like a "
+                "gain; name another in the task's metadata: {metric: ...}."
+            )
+        return found
 
     def _read(self, name: str, row: dict, lm: SideLM) -> Item:
         """One logged sample of lm-eval as an Item."""
@@ -222,34 +244,37 @@ class Suite:
         field = self.metadata[task].get("cluster")
         if field is not None and field not in row["doc"]:
             raise ValueError(f"task {task}: metadata clusters by {field!r}, which documents lack")
+        if "acc_mutual_info" in row["metrics"]:  # behind the choices, the same without a question
+            arguments = arguments[: len(arguments) // 2]
+        placed = [lm.mode.place(context, row["doc_id"]) for context, *_ in arguments]
         item = Item(
             task, row["doc_id"], hashlib.sha256(asked.encode()).hexdigest(),
-            prompt=without_mark(arguments[0][0]), score=_value(row[metric]),
+            prompt=without_mark(placed[0]), score=_score(task, metric, row),
             cluster=str(row["doc"][field]) if field else str(row["doc_id"]),
             source=row["doc"].get("source") if isinstance(row["doc"], dict) else None,
         )  # fmt: skip
         kind = self.kinds[task]
         if kind == "generate_until":
-            item.reply, item.reply_ids, item.finished = lm.reply(*arguments[0])
+            item.reply, item.reply_ids, item.finished = lm.reply(placed[0], arguments[0][1])
             item.gold = str(row["target"])
             return item
         item.loglikelihoods = [float(answer[0]) if isinstance(answer, (tuple, list)) else answer
-                               for answer in row["filtered_resps"]]  # fmt: skip
+                               for answer in row["filtered_resps"][: len(arguments)]]  # fmt: skip
         if kind == "multiple_choice":
             several = len({context for context, _ in arguments}) > 1
-            item.choices = [(c if several else a).strip() for c, a in map(_words, arguments)]
+            item.choices = [
+                (without_mark(context) if several else argument[1]).strip()
+                for context, argument in zip(placed, arguments, strict=True)
+            ]
             lengths = [len(c) if metric == NORMALISED else 1 for c in item.choices]
             weighed = [v / length for v, length in zip(item.loglikelihoods, lengths, strict=True)]
             item.chosen = weighed.index(max(weighed))
             item.gold = _gold(row["target"], item)
         elif kind == "loglikelihood":
             item.gold = arguments[0][1].strip()
+        elif kind == "loglikelihood_rolling":
+            item.units = float(row[metric][1])
         return item
-
-
-def _words(argument) -> tuple[str, str]:
-    context, continuation = argument[:2]
-    return without_mark(context), continuation
 
 
 def _gold(target, item: Item) -> int | None:
@@ -260,10 +285,21 @@ def _gold(target, item: Item) -> int | None:
     return item.chosen if item.score == 1 else None  # the choices are contexts: only this is known
 
 
-def _value(value) -> float:
-    """A document's score; perplexities come as (log-likelihood, length): bits per unit."""
+def _score(task: str, metric: str, row: dict) -> float:
+    """A document's score; perplexities come as (log-likelihood, length): bits per unit.
+
+    Raises:
+        ValueError: it lies outside 0 and 1, where right and wrong and what is between them lie.
+    """
+    value = row[metric]
     if isinstance(value, tuple):
-        return -value[0] / value[1] / 0.6931471805599453
+        likelihood, length = value
+        return -likelihood / length / math.log(2) if length else 0.0
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"task {task}: its metric {metric!r} is {value} for document {row['doc_id']}; a score "
+            "lies between 0 and 1. Name another in the task's metadata: {metric: ...}."
+        )
     return float(value)
 
 

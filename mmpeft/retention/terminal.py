@@ -23,7 +23,8 @@ LEGEND = """\
 mode: text, no image in the chat; with_image, the task after an irrelevant photograph; after_image,
   the task as second turn after an exchange about an image. The base gets the same words, no image.
 delta, interval: points, bridge - base, same items; exact: the same function, nothing to estimate
-gained, lost: answers that flipped; visible drop: the smallest loss this n shows with 80% power
+gained, lost: answers that flipped; visible drop: the smallest loss this n shows with 80% power,
+  uncorrected
 verdict: margin {margin} points, one-sided 95%; of single tasks Holm-corrected over those of a mode
 all: the judgeable tasks of a mode, pooled; the verdict on top is theirs
 """

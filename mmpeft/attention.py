@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import maybe_autocast
 
-from mmpeft.language_model import counts_places
+from mmpeft.language_model import attends_alone, counts_places
 from mmpeft.packing import Block, PackedRow, pack
 
 ATTENTION = "mmpeft_packed"
@@ -46,6 +46,8 @@ def serve_packed_rows(bridge) -> str | None:
         return f"{kind} language models run here with {before} attention, not sdpa"
     if counts_places(model.config):  # a window that PROBE does not reach
         return f"{kind} language models count the places of the whole row"
+    if not attends_alone(model.config):
+        return f"{kind} language models carry a state from token to token beside attention"
     embed = model.get_input_embeddings()
     ids = (torch.arange(sum(PROBE), device=embed.weight.device) * 7 + 1) % len(embed.weight)
     rows = [

@@ -230,6 +230,11 @@ def find_checkpoint(path, **hub_options) -> Path:
     )
 
 
+def is_run_folder(path) -> bool:
+    """Whether results belong in it: a run on this machine, with its checkpoint in a folder."""
+    return Path(path).is_dir() and find_checkpoint(path) != Path(path)
+
+
 def _download(name: str, hub_options: dict) -> Path:
     from huggingface_hub import snapshot_download
 

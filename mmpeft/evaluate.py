@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmpeft.checkpoint import find_checkpoint, load
+from mmpeft.checkpoint import is_run_folder, load
 from mmpeft.data import check_chat, row_groups
 from mmpeft.prefix import Prompt, try_sharing
 from mmpeft.task import Metric, Task, parts, pictures, words
@@ -286,6 +286,10 @@ def _shuffle_pictures(prompts, seed):
                 if pool[j] != images[i] and images[j] != pool[i]:
                     pool[i], pool[j] = pool[j], pool[i]
                     break
+    draw = random.Random(seed)
+    for i, own in enumerate(images):  # a picture of more than half of the prompts
+        if pool[i] == own and (different := [image for image in images if image != own]):
+            pool[i] = draw.choice(different)
     others = dict(zip(seeing, pool, strict=True))
     return [
         _with_picture(prompt, others[i]) if i in others else prompt
@@ -308,7 +312,7 @@ def evaluate_run(run, task: Task, **options) -> dict:
     model, processor = load(run)
     report, items = evaluate(model, processor, task, **options)
     folder = Path(run) / "eval"
-    if find_checkpoint(run) == Path(run):  # a bare checkpoint: leave it as it is
+    if not is_run_folder(run):  # a bare checkpoint, or a name of the hub: leave it as it is
         return report
     folder.mkdir(exist_ok=True)
     (folder / f"{task.name}.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -256,6 +256,19 @@ def as_bias(language_model: nn.Module, mask: Tensor | None, dtype: torch.dtype) 
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def attends_alone(config) -> bool:
+    """Whether attention is all by which tokens tell each other: a cache is keys and values.
+
+    Convolutions and recurrences beside it (LFM2, RecurrentGemma, Falcon-H1) carry a little of any
+    token to the next, too little for some weights to be seen by trying.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    return {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
 @torch.no_grad()
 def branch_limit(bridge: nn.Module) -> int | None:
     """Longest chat, in tokens, for which chats that share a prefix are computed exactly.
@@ -298,9 +311,10 @@ def branch_limit(bridge: nn.Module) -> int | None:
             exact = (shared - alone).norm() < 0.1 * (seen - alone).norm()  # rounding is far below
         except (ValueError, RuntimeError, IndexError, TypeError):  # it cannot read such a mask
             exact = False
-    if not exact or counts_places(config):
+    if not exact or counts_places(config) or not attends_alone(config):
         raise ValueError(
             f"{config.model_type} language models take no positions and masks that let chats share "
             "a prefix; set data.chats_per_sample: 1."
         )
-    return attention_window(config)
+    limits = (attention_window(config), rope_limit(config))
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from mmpeft.conversation import Picture
 from mmpeft.images import content_hash
-from mmpeft.language_model import attention_window, rope_limit
+from mmpeft.language_model import attends_alone, attention_window, rope_limit
 from mmpeft.processing import pad_rows
 
 FEATURE_BYTES = 2**30  # of encoder features kept for pictures that are asked about again
@@ -31,7 +30,8 @@ PER_ROW = ("attention_mask", "mm_token_type_ids", "position_ids")  # what genera
 # settings that look at the whole row, with their value when off: padding would count
 READ_ROWS = {
     "no_repeat_ngram_size": 0, "repetition_penalty": 1, "min_length": 0, "guidance_scale": 1,
-    "bad_words_ids": None, "sequence_bias": None,
+    "bad_words_ids": None, "sequence_bias": None, "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
 
 
@@ -104,8 +104,7 @@ def keeps_cache(model) -> bool:
     config = model.generation_config
     plain = config.cache_implementation in (None, "hybrid")  # generate takes the latter for None
     plain = plain and config.use_cache is not False
-    kinds = {type(layer) for layer in new_cache(model).layers}
-    return plain and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return plain and attends_alone(model.config)
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:

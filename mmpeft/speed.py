@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmpeft.attention import serve_packed_rows
-from mmpeft.language_model import attention_window, context_length
+from mmpeft.language_model import attention_window, context_length, rope_limit
 
 # compiling takes about a minute, which so many steps win back
 STEPS_WORTH_COMPILING = 200
@@ -70,12 +70,18 @@ def can_pack(model, max_length: int | None) -> bool:
 
     ``max_length`` is the longest sample in tokens; ``None`` is the LLM's context.
     """
-    window = attention_window(model.language_model.config)
-    longest = max_length or context_length(model.language_model.config) or math.inf
+    config = model.language_model.config
+    window, limit = attention_window(config), rope_limit(config)
+    longest = max_length or context_length(config) or math.inf
     if window is not None and longest > window:
         why_not = (
             f"samples may be longer than the window of {window} tokens that this LLM attends to; "
             "lower data.max_length"
+        )
+    elif limit is not None and longest > limit:
+        why_not = (
+            f"a sample of more than {limit} tokens changes the rotary positions of all that share "
+            "its row; lower data.max_length"
         )
     else:
         why_not = serve_packed_rows(model)

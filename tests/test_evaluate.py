@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmpeft import evaluate as e
+from mmpeft.checkpoint import is_run_folder
 from mmpeft.task import Task, all_tasks, normalize
 
 from .conftest import assistant, user
@@ -222,3 +223,23 @@ def test_easy_vqa_rows(starter_path):
     kinds = [task.question_type(row) for row in rows]
     assert kinds.count("yes/no") == 7136 and set(kinds) == {"yes/no", "shape", "colour"}
     assert task.score(["Yes.", "no"], [{**rows[0], "answer": "yes"}] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("counts", [(6, 3), (2, 1), (1, 1), (4,), (3, 1, 1)])
+def test_no_row_is_shown_its_own_picture_where_there_is_another(images, counts):
+    shown = [picture for picture, n in zip(images, counts, strict=False) for _ in range(n)]
+    prompts = [[user(picture, "what?")] for picture in shown]
+    own, found = (
+        [e.pictures(*prompt)[0] for prompt in each]
+        for each in (prompts, e._shuffle_pictures(prompts, 0))
+    )
+    kept = [one == before for one, before in zip(found, own, strict=True)]
+    assert not any(kept) if len(counts) > 1 else all(kept)
+
+
+def test_only_a_run_here_holds_its_reports(tiny, tmp_path):
+    model, processor = tiny
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "run/checkpoint")
+    assert is_run_folder(tmp_path / "run") and not is_run_folder(tmp_path / "run/checkpoint")
+    assert not is_run_folder("someone/bridge")

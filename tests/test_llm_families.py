@@ -6,8 +6,11 @@ from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmpeft.adapters import adapted_layers, adapter_parameters, attach_adapter
+from mmpeft.attention import serve_packed_rows
 from mmpeft.gate import Gate, gate_mask
+from mmpeft.language_model import attends_alone, branch_limit
 from mmpeft.retention.dial import scaled
+from mmpeft.speed import can_pack
 from mmpeft.trial import find_tokens_third, find_unserved
 from mmpeft.tuners.bitfit import BitFitConfig
 from mmpeft.tuners.dylora import DyLoraConfig
@@ -198,6 +201,33 @@ def test_ia3_where_pefts_names_are_of_old():
         attach_adapter(random_llm("mixtral"), IA3Config())
     config = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
     assert len(list(adapted_layers(attach_adapter(random_llm("mixtral"), config)))) == 4
+
+
+@pytest.mark.parametrize("family", ["lfm2", "recurrent_gemma", "mamba", "llama"])
+def test_what_carries_a_state_shares_no_row(make_bridge, family):
+    # by some weights a convolution's leak was too small for a trial
+    model, _ = make_bridge("none")
+    model.language_model = random_llm(family)
+    assert attends_alone(model.language_model.config) == (family == "llama")
+    assert (serve_packed_rows(model) is None) == (family == "llama")
+    if family in ("lfm2", "recurrent_gemma"):
+        with pytest.raises(ValueError, match="set data.chats_per_sample: 1"):
+            branch_limit(model)
+
+
+@pytest.mark.parametrize(("longest", "packs"), [(32, True), (33, False), (None, False)])
+def test_long_neighbours_that_change_positions_share_no_row(make_bridge, longest, packs, capsys):
+    model, _ = make_bridge("none")
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # fmt: skip
+    config = AutoConfig.for_model(
+        "phi3", **LLAMA, max_position_embeddings=64, original_max_position_embeddings=32,
+        rope_parameters=long,
+    )  # fmt: skip
+    model.language_model = AutoModelForCausalLM.from_config(config).eval()
+    assert can_pack(model, longest) == packs
+    assert ("more than 32 tokens changes the rotary positions" in capsys.readouterr().err) != packs
+    assert branch_limit(model) == 32
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mmpeft
 from mmpeft import durable
-from mmpeft.checkpoint import find_checkpoint, load
+from mmpeft.checkpoint import is_run_folder, load
 from mmpeft.images import load_frames, load_image
 from mmpeft.retention.compare import Comparison, compare_sides
 from mmpeft.retention.modes import MODES, Exchange
@@ -185,7 +185,7 @@ def retain_run(
         modes=modes, samples=samples, prose_tokens=prose_tokens, seed=seed, margin=margin,
         cache=cache,
     )  # fmt: skip
-    if output is None and find_checkpoint(run) != Path(run):
+    if output is None and is_run_folder(run):
         output = Path(run) / "retain"
     if output is not None:
         write(report, items, output)

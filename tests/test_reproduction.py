@@ -4,29 +4,41 @@ import csv
 import statistics
 from pathlib import Path
 
+import pytest
+
 from mmpeft.compare.table import students
 from mmpeft.retention.plots import minus
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
-    "connector_only": "connector alone",
     "full": "full",
     "lora_mlp": "LoRA, MLP, r 10",
     "dylora": "DyLoRA, attention, r 16",
     "ia3": "(IA)³",
     "bottleneck": "parallel bottleneck, 27",
-    "bottleneck_parallel": "parallel bottleneck, 27",
     "bitfit": "BitFit, biases added",
     "llama_adapter": "LLaMA-Adapter, 20 tokens a layer",
+}
+ON_PICTURES = {  # with the adapter's learning rate
+    "connector_only": ("connector alone", ""),
+    "ia3": ("(IA)³", "5e-3"),
+    "ia3_2e-2": ("(IA)³", "2e-2"),
+    "bottleneck_parallel": ("parallel bottleneck, 27", "1e-3"),
+    "bottleneck_5e-3": ("parallel bottleneck, 27", "5e-3"),
+    "bitfit": ("BitFit, biases added", "1e-3"),
+    "bitfit_1e-2": ("BitFit, biases added", "1e-2"),
+    "llama_adapter": ("LLaMA-Adapter", "5e-3"),
 }
 RETENTION = [("retention_text", 100, "+z.1f"), ("retention_prose", -100, "+z.1f")]
 
 
 def shown(values, factor=1.0, form="z.3f", mean_only=False) -> str:
-    """``0.568 (0.466 to 0.670)``: the mean and Student's t over seeds."""
+    """``0.568 (0.466 to 0.670)``: the mean and Student's t over seeds, of one seed itself."""
     unit = "%" if factor == -100 else ""  # prose: a cost
     values = [factor * value for value in values]
     mean = format(statistics.mean(values), form) + unit
+    if len(values) == 1:
+        return minus(mean)
     low, high = (format(end, form.lstrip("+")) for end in students(values))
     return minus(mean if mean_only else f"{mean} ({low} to {high})")
 
@@ -42,10 +54,10 @@ def methods(name: str) -> dict[str, list[dict]]:
 
 
 def column(cells: list[dict], name: str, less: list[dict] | None = None) -> list[float]:
-    assert [one["seed"] for one in cells] == [0, 1, 2]
-    if less is None:
-        return [one[name] for one in cells]
-    return [one[name] - base[name] for one, base in zip(cells, less, strict=True)]
+    """A number of every seed, less that of the same seed."""
+    before = {one["seed"]: one[name] for one in less or ()}
+    assert [one["seed"] for one in cells] in ([0], [0, 1, 2])
+    return [one[name] - (before[one["seed"]] if less else 0) for one in cells]
 
 
 def e2e() -> list[str]:
@@ -64,7 +76,25 @@ def e2e() -> list[str]:
     ]  # fmt: skip
 
 
-def test_the_page_has_the_numbers_of_the_cells():
+def vision() -> list[str]:
+    """The table of methods and learning rates on pictures."""
+    cells = methods("vision")
+    alone = cells["connector_only"]
+    text, prose = RETENTION
+    planes = [text, ("retention_after_image", *text[1:]), prose]
+    return [
+        "| " + " | ".join([
+            *ON_PICTURES[label], str(len(own)), shown(column(own, "accuracy"), 100, "z.1f"),
+            "" if own is alone else shown(column(own, "accuracy", alone), 100, "+z.1f"),
+            *("0, by proof" if own is alone else shown(column(own, one[0]), *one[1:])
+              for one in planes),
+        ]) + " |"
+        for label, own in sorted(cells.items(), key=lambda item: list(ON_PICTURES).index(item[0]))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [e2e, vision])
+def test_the_page_has_the_numbers_of_the_cells(table):
     page = (DOCS / "reproduction.md").read_text()
-    missing = [line for line in e2e() if line not in page]
+    missing = [line for line in table() if line not in page]
     assert not missing, "\n".join(["docs/reproduction.md lacks:", *missing])

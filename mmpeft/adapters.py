@@ -98,7 +98,7 @@ def _require_targets_kept(asked, parameters: set[str], wrapped) -> None:
         taken = sorted(set(asked) - adapted)
         raise ValueError(
             f"target_modules: peft takes {last_parts(taken)} in this LLM, {taken[0]} among them, "
-            f"for all its experts at once; choose others, for example "
+            "for all its experts at once; choose others, for example "
             f"{last_parts(set(asked) & adapted) or 'q_proj'}, and name experts in "
             "target_parameters."
         )

@@ -34,8 +34,8 @@ class MergingLayer(Layer):
         Raises:
             ValueError: the dial is on a router, whose choice is whole or none.
         """
-        own = self.base_layer.parameters()
-        values = self._adapted.get([*own, *self._trained()], self.adapted_parameters)
+        made_of = [*self.base_layer.parameters(), *self._trained()]
+        values = self._adapted.get(made_of, self.adapted_parameters)
         adapted = functional_call(self.base_layer, values, args, kwargs, tie_weights=False)
         if isinstance(adapted, Tensor):
             return self.choose(adapted, lambda: self.base_layer(*args, **kwargs), self.tokens)

@@ -18,6 +18,8 @@ NAMES = {
     "bottleneck": "parallel bottleneck, 27",
     "bitfit": "BitFit, biases added",
     "llama_adapter": "LLaMA-Adapter, 20 tokens a layer",
+    "prefix_2e-2": "prefix, at 2e-2 in place of 5e-3",
+    "prompt_5e-2": "prompt, at 5e-2 in place of 1e-2",
 }
 ON_PICTURES = {  # with the adapter's learning rate
     "connector_only": ("connector alone", ""),

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from mmpeft.retention.compare import Comparison, _cluster, _row
 from mmpeft.retention.engine import SideLM
-from mmpeft.retention.modes import Mode
+from mmpeft.retention.modes import Exchange, Mode
 from mmpeft.retention.sides import BridgeSides, hash_config
 from mmpeft.retention.suite import Item, Suite, _score
 
@@ -77,6 +77,21 @@ def test_mutual_information_adds_no_choices(tiny, folder):
     found = Suite("pick", folder).ask(SideLM(sides, "base", Mode("text", [], sides.render)))
     assert [item.choices for item in found["pick"]][:2] == [["blue", "wool"], ["white", "loud"]]
     assert all(len(item.loglikelihoods) == 2 for item in found["pick"])
+
+
+@pytest.mark.parametrize("name", ["with_image", "after_image"])
+def test_items_of_a_sample_keep_their_exchange(tiny, images, folder, name):
+    # requests count the documents that were drawn, what is logged counts all
+    sides = BridgeSides(*tiny)
+    exchanges = [Exchange(image, f"What is {n}?", f"Thing {n}.") for n, image in enumerate(images)]
+    suite = Suite(["pick", "tell"], folder)
+    suite.indices = {task: [0, 2] if task.endswith("pick") else [2] for task in suite.indices}
+    found = suite.ask(SideLM(sides, "bridge", Mode(name, exchanges, sides.render)))
+    assert [item.doc_id for item in found["pick"]] == [0, 2] and len(found["tell"]) == 1
+    assert found["tell"][0].reply is not None
+    if name == "after_image":
+        assert ["Thing 0." in item.prompt for item in found["pick"]] == [True, False]
+        assert "Thing 1." in found["pick"][1].prompt
 
 
 def test_an_item_and_its_twin_are_one_cluster():

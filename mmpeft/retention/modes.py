@@ -66,11 +66,16 @@ class Mode:
                 messages = [*messages[:first], *spoken, *messages[first:]]
         return self._chat(messages, add_generation_prompt)
 
-    def place(self, context: str, doc_id: int) -> str:
-        """A prompt with the exchange of its document; one that is no chat has it first."""
+    def place(self, context: str, item: int) -> str:
+        """A prompt with the exchange of its item; one that is no chat has it first.
+
+        Args:
+            item: number of the document among those of its task that are asked, which is what
+                lm-eval has its requests call ``doc_id``.
+        """
         if self.name == "text":
             return context
-        number = doc_id % len(self.exchanges)
+        number = item % len(self.exchanges)
         exchange = self.exchanges[number]
         if PICTURE not in context:
             context = PICTURE + context

@@ -209,7 +209,9 @@ class Suite:
         found = {}
         for name, rows in results["samples"].items():
             first = rows[0]["filter"]  # several filters read the same reply in several ways
-            items = [self._read(name, row, lm) for row in rows if row["filter"] == first]
+            places = {doc_id: place for place, doc_id in enumerate(self.indices[name])}
+            items = [self._read(name, row, lm, places[row["doc_id"]])
+                     for row in rows if row["filter"] == first]  # fmt: skip
             found[short(name)] = sorted(items, key=lambda item: item.doc_id)
         return found
 
@@ -236,8 +238,8 @@ class Suite:
             )
         return found
 
-    def _read(self, name: str, row: dict, lm: SideLM) -> Item:
-        """One logged sample of lm-eval as an Item."""
+    def _read(self, name: str, row: dict, lm: SideLM, place: int) -> Item:
+        """One logged sample of lm-eval as an Item; its ``place`` is that among those asked."""
         task, arguments = short(name), row["arguments"]
         asked = json.dumps([row["doc_hash"], arguments], sort_keys=True, default=str)
         metric = self.metrics.setdefault(task, self._metric(task, row))
@@ -246,7 +248,7 @@ class Suite:
             raise ValueError(f"task {task}: metadata clusters by {field!r}, which documents lack")
         if "acc_mutual_info" in row["metrics"]:  # behind the choices, the same without a question
             arguments = arguments[: len(arguments) // 2]
-        placed = [lm.mode.place(context, row["doc_id"]) for context, *_ in arguments]
+        placed = [lm.mode.place(context, place) for context, *_ in arguments]
         item = Item(
             task, row["doc_id"], hashlib.sha256(asked.encode()).hexdigest(),
             prompt=without_mark(placed[0]), score=_score(task, metric, row),

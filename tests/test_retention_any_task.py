@@ -99,12 +99,16 @@ def test_an_item_and_its_twin_are_one_cluster():
         "facts": {"cluster": "subject"}, "words": {"cluster": "subject", "same_items_as": "facts"},
         "plain": {}, "plain_words": {"same_items_as": "plain"},
     })  # fmt: skip
-    item = lambda task, n, cluster, source=None: Item(  # noqa: E731
-        task, n, "", "", 1.0, cluster=cluster, source=source
-    )
+
+    def item(task, n, cluster, source=None):
+        return Item(task, n, "", "", 1.0, cluster=cluster, source=source)
+
     asked = [item("facts", 0, "France"), item("facts", 5, "Kenya")]
     pairs = {"facts": [(one, one) for one in asked], "plain": [(item("plain", 3, "3"),) * 2]}
-    of = lambda one: _cluster(suite, pairs, one)  # noqa: E731
+
+    def of(one):
+        return _cluster(suite, pairs, one)
+
     assert of(item("words", 2, "France", 0)) == of(asked[0]) == "facts/France"
     assert of(item("words", 3, "Kenya", 99)) == of(asked[1])  # of a fact that was not drawn
     assert of(item("plain_words", 0, "0", 3)) == "plain/3" != of(item("plain_words", 3, "3", 0))

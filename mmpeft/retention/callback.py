@@ -110,7 +110,9 @@ class RetentionCallback(TrainerCallback):
 
     def _say_unmeasured(self, point: dict) -> None:
         """A mode in which the base is above chance in no task tells nothing; say so once."""
-        for mode in [*self.exchanges.keys() - point["modes"].keys() - self.unmeasured]:
+        for mode in self.exchanges:
+            if mode in point["modes"] or mode in self.unmeasured:
+                continue
             self.unmeasured.add(mode)
             print(
                 f"retention: the base is above chance in no task of mode {mode}, so no step is "

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig
 
-from mmpeft.retention.compare import Comparison, _cluster, _row
+from mmpeft.retention.compare import Comparison, _clusters, _row
 from mmpeft.retention.engine import SideLM
 from mmpeft.retention.modes import Exchange, Mode
 from mmpeft.retention.sides import BridgeSides, hash_config
@@ -103,15 +103,16 @@ def test_an_item_and_its_twin_are_one_cluster():
     def item(task, n, cluster, source=None):
         return Item(task, n, "", "", 1.0, cluster=cluster, source=source)
 
-    asked = [item("facts", 0, "France"), item("facts", 5, "Kenya")]
-    pairs = {"facts": [(one, one) for one in asked], "plain": [(item("plain", 3, "3"),) * 2]}
-
-    def of(one):
-        return _cluster(suite, pairs, one)
-
-    assert of(item("words", 2, "France", 0)) == of(asked[0]) == "facts/France"
-    assert of(item("words", 3, "Kenya", 99)) == of(asked[1])  # of a fact that was not drawn
-    assert of(item("plain_words", 0, "0", 3)) == "plain/3" != of(item("plain_words", 3, "3", 0))
+    tasks = {
+        "facts": [item("facts", 0, "France"), item("facts", 5, "Kenya")],
+        "words": [item("words", 2, "France", 0), item("words", 3, "Kenya", 99)],  # 99: not drawn
+        "plain": [item("plain", 3, "3")],
+        "plain_words": [item("plain_words", 0, "0", 3), item("plain_words", 3, "3", 0)],
+    }
+    pairs = {task: [(one, one) for one in items] for task, items in tasks.items()}
+    found = {task: _clusters(suite, pairs, task) for task in tasks}
+    assert found["words"] == found["facts"] == ["facts/France", "facts/Kenya"]
+    assert found["plain_words"] == ["plain/3", "plain/0"] and found["plain"] == ["plain/3"]
 
 
 def test_running_text_is_weighted_by_its_length():

@@ -157,11 +157,11 @@ def _overall(suite, pairs, rows, margin, exact) -> dict | None:
     for row in rows:
         if not row["judgeable"] or row["kind"] == "graded":
             continue
-        for one, other in pairs[row["name"]]:
-            base.append(one.score)
-            bridge.append(other.score)
-            clusters.append(_cluster(suite, pairs, one))
-            chances.append(row["chance"])
+        items = pairs[row["name"]]
+        base += [one.score for one, _ in items]
+        bridge += [other.score for _, other in items]
+        clusters += _clusters(suite, pairs, row["name"])
+        chances += [row["chance"]] * len(items)
     if not base:
         return None
     return compare(
@@ -170,14 +170,18 @@ def _overall(suite, pairs, rows, margin, exact) -> dict | None:
     )  # fmt: skip
 
 
-def _cluster(suite, pairs, item: Item) -> str:
-    """An item that asks another task's in its words is in that one's cluster."""
-    twin = suite.metadata[item.task].get("same_items_as")
+def _clusters(suite, pairs, task: str) -> list[str]:
+    """Those of a task's items; one that asks another task's in its words is in that one's."""
+    items = [one for one, _ in pairs[task]]
+    twin = suite.metadata[task].get("same_items_as")
     if twin is None:
-        return f"{item.task}/{item.cluster}"
+        return [f"{task}/{item.cluster}" for item in items]
     theirs = {one.doc_id: one.cluster for one, _ in pairs.get(twin, ())}
-    own = item.cluster if suite.metadata[item.task].get("cluster") else item.source
-    return f"{twin}/{theirs.get(item.source, own)}"
+    named = "cluster" in suite.metadata[task]
+    return [
+        f"{twin}/{theirs.get(item.source, item.cluster if named else item.source)}"
+        for item in items
+    ]
 
 
 def _control(items: list[tuple[Item, Item]], seen: list[Item]) -> dict:

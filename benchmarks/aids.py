@@ -61,10 +61,10 @@ def write_replay(path: Path, rows: int, words: int) -> str:
     """Chats of text: a question, and a stretch of pydoc's prose."""
     from pydoc_data.topics import topics
 
-    prose = " ".join(topics[name] for name in sorted(topics)).split()
+    prose = itertools.cycle(" ".join(topics[name] for name in sorted(topics)).split())
     with path.open("w") as file:
-        for row in range(rows):
-            answer = " ".join(prose[row * words : (row + 1) * words])
+        for _ in range(rows):
+            answer = " ".join(itertools.islice(prose, words))
             messages = [{"role": "user", "content": "Tell me more about Python."},
                         {"role": "assistant", "content": answer}]  # fmt: skip
             file.write(json.dumps({"messages": messages}) + "\n")
@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results", help="folder of the results")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, only that")
     arguments = parser.parse_args()
+    if not 0 < arguments.share < 1:
+        parser.error(f"--share is {arguments.share}; it must lie above 0 and below 1")
     with contextlib.redirect_stdout(sys.stderr):
         report = bench(arguments)
     output = Path(arguments.output)

@@ -268,7 +268,8 @@ class RankSearchConfig:
     Attributes:
         candidates: the ranks to try.
         steps: steps that the last ones left are trained; null is a quarter of stage instruct.
-        validation: samples held out of the search's training, in whole groups; at least so many.
+        validation: samples held out of the search's training, in whole groups where the
+            task knows some (messages takes rows as single); at least so many.
     """
 
     candidates: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])

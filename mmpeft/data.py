@@ -264,7 +264,9 @@ def row_groups(task: Task, rows) -> np.ndarray:
 
 
 def hold_out(task: Task, rows, count: int, seed: int) -> list[int]:
-    """Numbers of at least ``count`` rows drawn with ``seed``, in whole groups: no picture is split.
+    """Numbers of at least ``count`` rows drawn with ``seed``, in whole groups (``Task.group``).
+
+    So no picture is split where the task knows whose rows it has in common; ``messages`` does not.
 
     Raises:
         ValueError: nothing would be left to learn from.

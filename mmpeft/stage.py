@@ -6,6 +6,13 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
+ELSEWHERE = {  # keys of transformers that something else of a recipe decides
+    "learning_rate": "connector_learning_rate and adapter_learning_rate",
+    "seed": "seed of the recipe",
+    "data_seed": "seed of the recipe",
+    "output_dir": "output_dir of the recipe",
+}
+
 
 @dataclass
 class StageConfig(TrainingArguments):
@@ -55,6 +62,9 @@ class StageConfig(TrainingArguments):
                 "train_sampling_strategy batch_rebalance evens out several processes, training "
                 "runs in one; use group_by_length."
             )
+        for key, instead in ELSEWHERE.items():
+            if getattr(self, key) != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key} of a stage would change nothing; set {instead}.")
         if self.torch_compile:
             raise ValueError(
                 "torch_compile would compile the whole bridge anew for every length; set "

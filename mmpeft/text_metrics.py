@@ -1,11 +1,14 @@
 """How close generated texts are to references, of which each may have several.
 
-Every score is a :class:`~mmpeft.task.Metric`, so that it has an interval. NIST is left out: nltk's
-takes the best reference for each order of n-gram, where the definition (Doddington 2002) counts
-over all of them.
+Every score is a :class:`~mmpeft.task.Metric`, so that it has an interval. Words are what spaces and
+punctuation part, so texts of scripts without spaces do not score. NIST is left out: nltk's takes
+the best reference for each order of n-gram, where the definition (Doddington 2002) counts over all
+of them.
 """
 
+import functools
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -61,15 +64,23 @@ def bleu(replies, references) -> Metric:
 def rouge_l(replies, references) -> list[float]:
     """ROUGE-L of each reply (Lin 2004): F1 with the best reference, by rouge_score, no stemming.
 
-    COCO's script weights recall more (beta 1.2), so its values are a little different.
+    Words are of letters and digits of any script; rouge_score's own are of a to z alone, the same
+    in English. COCO's script weights recall more (beta 1.2), so its values are a little different.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_LettersAndDigits())
     return [
         scorer.score_multi(own, reply)["rougeL"].fmeasure
         for reply, own in zip(replies, references, strict=True)
     ]
+
+
+class _LettersAndDigits:
+    """As rouge_score's tokenizer, of any script."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 def meteor(replies, references) -> Metric | None:
@@ -139,10 +150,15 @@ def cider(replies, references) -> list[float]:
 
 def words(text: str) -> list[str]:
     """Lower-case words of mteval-v13a, without punctuation."""
+    found = _tokenizer()(text.lower()).split()
+    return [word for word in found if any(character.isalnum() for character in word)]
+
+
+@functools.cache
+def _tokenizer():
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    found = Tokenizer13a()(text.lower()).split()
-    return [word for word in found if any(character.isalnum() for character in word)]
+    return Tokenizer13a()
 
 
 def _grams(tokens: list[str]) -> Counter:

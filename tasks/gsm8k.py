@@ -17,6 +17,7 @@ from mmpeft.text_task import TextTask, field, read_jsonl
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}%])[-\u2212])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 )
+MARKED = re.compile(rf"####\s*({NUMBER.pattern})")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class GSM8K(TextTask):
         rows = []
         for where, entry in read_jsonl(path):
             answer = field(entry, "answer", str, where)
-            if "####" not in answer or final_number(answer) is None:
+            if not MARKED.search(answer):
                 raise ValueError(f"{where}: field 'answer' does not end in '#### NUMBER'.")
             answer = re.sub(r"<<.*?>>", "", answer)
             question = field(entry, "question", str, where)
@@ -60,21 +61,23 @@ class GSM8K(TextTask):
     def metrics(self, replies, rows) -> dict[str, Metric]:
         """``accuracy`` of the final number; ``strict``: only where it stands behind ``####``.
 
-        As lm-eval's ``flexible-extract`` and ``strict-match``.
+        lm-eval's ``flexible-extract`` takes the last number even behind an answer that is marked,
+        its ``strict-match`` none that is written with ``$`` or right behind the mark.
         """
         right = self.score(replies, rows)
-        marked = [one * ("####" in reply) for one, reply in zip(right, replies, strict=True)]
+        marked = [
+            one * bool(MARKED.search(reply)) for one, reply in zip(right, replies, strict=True)
+        ]
         return {"accuracy": Metric(right), "strict": Metric(marked)}
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the first ``####``, else the last in the text; ``None`` if there is none.
+    """The first right behind ``####``, else the last in the text; ``None`` if there is none.
 
     Commas, a dollar sign and trailing zeros do not matter.
     """
-    _, mark, behind = text.partition("####")
-    found = NUMBER.findall(behind if mark else text)
+    found = MARKED.findall(text)[:1] or NUMBER.findall(text)[-1:]
     if not found:
         return None
-    number = found[0 if mark else -1].replace("\u2212", "-")
+    number = found[0].replace("\u2212", "-")
     return Decimal(re.sub(r"[$,\s]", "", number))

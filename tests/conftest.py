@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 CHAT_TEMPLATE = (
@@ -167,3 +168,39 @@ def recipe(tmp_path, encoder_dir, llm_dir, jsonl, images):
                                   assistant("yes" if i % 2 else "a longer no")]})  # fmt: skip
     data = jsonl(rows)
     return write_recipe(tmp_path, encoder=encoder_dir, llm=llm_dir, data=data)
+
+
+@pytest.fixture
+def write_grid(recipe):
+    """Write a grid on the tiny recipe, with the keys given."""
+    from .compare_sample import AXES
+
+    def write(**keys):
+        keys = {
+            "recipe": recipe.name, "output_dir": str(recipe.parent / "out"), "axes": AXES,
+            "overrides": {"align": None, "instruct.max_steps": 2}, "seeds": [0],
+            "exclude": [{"method": "ia3", "rank": 4}, {"method": "ia3", "rank": 2}],
+            "evaluate": {"samples": 4},
+        } | keys  # fmt: skip
+        path = recipe.parent / "grid.yaml"
+        path.write_text(yaml.safe_dump(keys, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run cells here; returns the names of those that were run."""
+    from mmpeft.compare import run
+    from mmpeft.compare.cell import run_cell
+
+    ran = []
+
+    def start(folder, log, lock):
+        ran.append(folder.name)
+        run_cell(folder)
+        return 0
+
+    monkeypatch.setattr(run, "start", start)
+    return ran

@@ -85,6 +85,16 @@ def test_bleu_is_sacrebleus_of_a_corpus_with_a_varying_number_of_references():
     assert 0.3 < expected < 0.9
 
 
+def test_rouge_l_has_words_of_any_script_and_those_of_rouge_score_in_english():
+    from rouge_score import tokenize
+
+    text = "It's a 3-star, child-friendly pub_house near £5 Café!"
+    own = m._LettersAndDigits().tokenize(text)
+    assert [word.replace("é", "") for word in own] == tokenize.tokenize(text, None)
+    for text in ("Москва — столица России", "Suárez ganó"):
+        assert m.rouge_l([text], [[text]]) == [1]
+
+
 def test_rouge_l_by_hand():
     # longest common subsequence "police the gunman": 3 of 4 and 3 of 4 (Lin 2004, section 3.1)
     replies = ["police kill the gunman", "the gunman kill police"]
@@ -155,6 +165,11 @@ def test_without_wordnet_meteor_is_left_out_and_said_so(monkeypatch, capsys):
         ("a loss of $-3", -3),
         ("#### -3", -3),
         ("#### \u22123", -3),
+        ("#### Step 1: 5 + 13 = 18.\nThe answer is 18.", 18),
+        ("The answer is 18.\n####", 18),
+        ("####18", 18),
+        ("#### $18", 18),
+        ("It is 18.\n#### 18\n\nQuestion: 5?", 18),
         ("the set 1,2,3", 3),
         ("12,345,678.5 of it", 12345678.5),
         ("It takes 10-12", 12),
@@ -183,9 +198,10 @@ def test_gsm8k_counts_the_number_alone(jsonl):
     assert task.messages(row)[-1]["content"] == "2 + 16 = 18 dollars\n#### 18"
     replies = ["It is $18.00.", "18 or 19", "no idea"]
     assert task.score(replies, [row] * 3) == [1, 0, 0]
-    found = task.metrics(["It is 18.", "#### 18", "#### 17"], [row] * 3)
+    replies = ["It is 18.", "#### 18", "#### 17", "#### A step\nIt is 18."]
+    found = task.metrics(replies, [row] * 4)
     assert {name: list(metric.rows) for name, metric in found.items()} == {
-        "accuracy": [1, 1, 0], "strict": [0, 1, 0],
+        "accuracy": [1, 1, 0, 1], "strict": [0, 1, 0, 0],
     }  # fmt: skip
 
 

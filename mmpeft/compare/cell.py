@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mmpeft import adapters, checkpoint
+from mmpeft import adapters, checkpoint, durable
 from mmpeft.cache import cache_home
 from mmpeft.compare.grid import RetainConfig, ScoreConfig
 from mmpeft.compare.table import PROSE
@@ -23,6 +23,7 @@ from mmpeft.yaml_file import read_yaml
 
 SCHEMA = "mmpeft.compare.cell/1"
 RESULT = "result.json"
+ITEMS = "items.jsonl"
 
 
 @dataclass
@@ -33,6 +34,7 @@ class CellConfig:
         labels: the cell's label on each axis.
         seed: of training.
         hashes: by step, a hash of what its result depends on.
+        start: a hash of the bridge that training starts from, if that is on disk.
         mmpeft: the version that is in these.
         evaluate, retain, keep_checkpoints: as in the grid.
     """
@@ -40,6 +42,7 @@ class CellConfig:
     labels: dict[str, str]
     seed: int
     hashes: dict[str, str]
+    start: str | None = None
     mmpeft: str | None = None
     evaluate: ScoreConfig = field(default_factory=ScoreConfig)
     retain: RetainConfig | None = None
@@ -62,6 +65,8 @@ def run_cell(folder) -> dict:
     if "train" in missing:  # what is there is of another configuration: nothing of it stays
         result = {"schema": SCHEMA, "hashes": {}}
         write_json(folder / RESULT, result)
+        (folder / ITEMS).unlink(missing_ok=True)
+        discard(folder / "retain")
     result |= {"labels": cell.labels, "seed": cell.seed}
     steps = {
         "train": lambda: train_cell(folder, config),
@@ -91,9 +96,16 @@ def discard(folder: Path) -> None:
 
 
 def read_result(folder) -> dict | None:
-    """What a cell has so far; ``None`` is nothing."""
+    """What a cell has so far; ``None`` is nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(folder) / RESULT
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to run the cell anew.") from None
 
 
 def train_cell(folder: Path, config: RunConfig) -> dict:
@@ -151,7 +163,7 @@ def score_cell(folder: Path, config: RunConfig, settings: ScoreConfig) -> dict:
         seed=settings.seed, batch_size=settings.batch_size,
     )  # fmt: skip
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    (folder / "items.jsonl").write_text(lines)
+    durable.write(folder / ITEMS, lines)
     return {key: report[key] for key in ("task", "n", "metrics")}
 
 
@@ -193,7 +205,10 @@ def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict
 def write_json(path: Path, value: dict) -> None:
     """Write whole or not at all; several processes may."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    with partial.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

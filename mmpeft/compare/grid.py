@@ -1,6 +1,7 @@
 """A grid: a recipe, what varies in it, and what is measured of every cell."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -18,6 +19,10 @@ from mmpeft.task import Task
 from mmpeft.yaml_file import read_yaml
 
 LABEL = re.compile(r"[\w.%+=-]+")
+COLUMNS = (  # of the tables, beside those of the axes
+    "seed", "seeds", "trained_parameters", "connector_parameters", "adapter_parameters",
+    "peak_memory_bytes", "train_seconds",
+)  # fmt: skip
 
 
 @dataclass
@@ -116,6 +121,12 @@ class GridConfig:
             raise ValueError("axes is empty; name at least one, with its labels.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; name at least one, and each once.")
+        for name in self.axes:
+            if name in COLUMNS or not LABEL.fullmatch(name):
+                raise ValueError(
+                    f"axes.{name} names a column of the table; use letters, digits and _.%+=-, and "
+                    f"none of {', '.join(COLUMNS)}."
+                )
         self.axes = {name: _labels(name, found) for name, found in self.axes.items()}
         labelled = [keys for labels in self.axes.values() for keys in labels.values()]
         for key, instead in OWN_KEYS.items():
@@ -143,12 +154,14 @@ class Cell:
         labels: the cell's label on each axis.
         recipe: the whole recipe, as a mapping, but for ``output_dir``.
         hashes: by step (train, score, retention) a hash of what its result depends on.
+        start: a hash of the bridge that training starts from, if that is on disk.
     """
 
     labels: dict[str, str]
     seed: int
     recipe: dict
     hashes: dict[str, str]
+    start: str | None = None
 
     @property
     def name(self) -> str:
@@ -171,24 +184,55 @@ def load_grid(path) -> tuple[GridConfig, dict, list[Cell]]:
             all; one line.
     """
     path = Path(path)
-    raw = read_yaml(path, "grid")
-    grid = from_mapping(GridConfig, raw, path, SECTIONS)
-    base = read_yaml(path.parent / grid.recipe, f"{path}: recipe")
+    raw = nested(read_yaml(path, "grid"), path)
+    grid = from_mapping(GridConfig, copy.deepcopy(raw), path, SECTIONS)
+    recipe_path = path.parent / grid.recipe
+    base = nested(read_yaml(recipe_path, f"{path}: recipe"), recipe_path)
     cells, checksums = [], functools.cache(fingerprint)  # once, however many cells start there
-    for number, seed in enumerate(grid.seeds):
-        for labels in combinations(grid):
-            sets = [grid.overrides, *(grid.axes[axis][label] for axis, label in labels.items())]
-            recipe = copy.deepcopy(base)
-            for key, value in (pair for one in sets for pair in one.items()):
+    for labels in combinations(grid):
+        name = f"{path}: {','.join(labels.values())}"
+        recipe = copy.deepcopy(base)
+        for keys in (grid.overrides, *(grid.axes[axis][label] for axis, label in labels.items())):
+            for key, value in keys.items():
                 put(recipe, key, value, path)
-            recipe |= {"seed": seed, "output_dir": "run"}
-            if number == 0:  # seeds make no difference to whether it can be read
-                from_mapping(RunConfig, recipe, f"{path}: {','.join(labels.values())}")
-            start = checksums(recipe["model"].get("start_from"))
-            cells.append(Cell(labels, seed, recipe, step_hashes(recipe, raw, start)))
+        recipe |= {"seed": grid.seeds[0], "output_dir": "run"}
+        try:
+            json.dumps(recipe, allow_nan=False, default=str)
+        except ValueError:
+            raise ValueError(
+                f"{name}: .inf and .nan do not reach a cell; write a number."
+            ) from None
+        from_mapping(RunConfig, copy.deepcopy(recipe), name)
+        if same := [cell.labels for cell in cells if cell.recipe == recipe]:
+            raise ValueError(
+                f"{name} is the recipe of {','.join(same[0].values())}, too: what sets them apart "
+                "is overridden by an axis that comes later, or set to what it is. Change the order "
+                "of axes, or leave one out."
+            )
+        cells.append(Cell(labels, grid.seeds[0], recipe, {}))
     if not cells:
         raise ValueError(f"{path}: only and exclude leave no cell to run.")
+    cells = [
+        dataclasses.replace(cell, seed=seed, recipe=cell.recipe | {"seed": seed})
+        for seed in grid.seeds for cell in cells
+    ]  # fmt: skip
+    for cell in cells:
+        start = checksums(cell.recipe["model"].get("start_from"))
+        cell.start = start and _hash(start)
+        cell.hashes = step_hashes(cell.recipe, raw, start)
     return grid, raw, cells
+
+
+def nested(mapping: dict, where) -> dict:
+    """A YAML file's mapping, with sections for dotted keys at its top (``model.rank: 4``)."""
+    found = {key: value for key, value in mapping.items() if "." not in str(key)}
+    for key, value in mapping.items():
+        if "." in str(key):
+            section, _, rest = key.partition(".")
+            if rest in (found.get(section) or {}):
+                raise ValueError(f"{where}: {key} is there twice, under {section} too; leave one.")
+            put(found, key, value, where)
+    return found
 
 
 def combinations(grid: GridConfig) -> list[dict[str, str]]:
@@ -252,6 +296,8 @@ def _labels(axis: str, found) -> dict[str, dict]:
         raise ValueError(f"axes.{axis} is {found!r}; give labels and the keys each sets.")
     named = {}
     for label, keys in found.items():
+        if isinstance(label, bool):
+            raise ValueError(f"axes.{axis}: YAML reads a label as {label}; put it in quotes.")
         if not LABEL.fullmatch(str(label)):
             raise ValueError(
                 f"axes.{axis}: label {label!r} names a folder; use letters, digits and _.%+=- only."

@@ -45,18 +45,19 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
     if not redo:
         refuse_changed(folder, cells, sections, path)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    write_json(folder / GRID, {
+    about = {
         "grid": str(path), "recipe": grid.recipe, "seeds": grid.seeds,
         "metric": grid.evaluate.metric,
         "axes": {axis: list(labels) for axis, labels in grid.axes.items()},
         "cells": [{"name": c.name, "labels": c.labels, "seed": c.seed, "hashes": c.hashes}
                   for c in cells],
-    })  # fmt: skip
+    }  # fmt: skip
+    write_json(folder / GRID, about)  # for `mmpeft compare FOLDER`
     names = {cell.name for cell in cells}
     if others := [one.name for one in (folder / "cells").iterdir() if one.name not in names]:
         print(f"{folder}: {len(others)} cells are not in this grid and left out", file=sys.stderr)
     left = [cell for cell in cells if not is_complete(place(folder, cell.name), cell.hashes)]
-    report = redraw(folder)
+    report = redraw(folder, about)
     if left:
         try_measures(grid, left, path)
     with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
@@ -67,7 +68,7 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
             if problem := run_one(folder, cell, sections):
                 bar.write(f"{cell.name}: {problem}", file=sys.stderr)
             bar.update()
-            report = redraw(folder)
+            report = redraw(folder, about)
     return report
 
 
@@ -76,8 +77,9 @@ def try_measures(grid: GridConfig, cells: list[Cell], path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: they cannot be had, or cells would be scored on several
-            tasks, which one table does not hold.
+            tasks or different rows, which one table does not hold.
     """
+    from mmpeft.evaluate import draw_rows
     from mmpeft.retention.suite import Suite
 
     tasks = [grid.evaluate.task]
@@ -89,18 +91,27 @@ def try_measures(grid: GridConfig, cells: list[Cell], path) -> None:
             f"{path}: cells would be scored on {', '.join(sorted(names))}; set evaluate.task, or "
             "write a grid for each."
         )
-    for task in tasks:
-        task.rows("test")
+    settings = grid.evaluate
+    chats = [draw_rows(task, settings.samples, settings.seed)[2] for task in tasks]
+    if any(own != chats[0] for own in chats):
+        raise ValueError(
+            f"{path}: cells would be scored on different test rows, which one table does not hold; "
+            "set evaluate.task."
+        )
     if (text := grid.retain) is not None:
         Suite(text.suite, text.include_path, text.samples, text.seed, text.data_dir)
 
 
-def redraw(folder) -> dict:
-    """Write table and figures of what the folder of a grid holds, and return the report."""
+def redraw(folder, grid: dict | None = None) -> dict:
+    """Write table and figures of what the folder of a grid holds, and return the report.
+
+    Args:
+        grid: what was last written as ``grid.json``, unless another grid is meant.
+    """
     folder = Path(folder)
     if not (folder / GRID).is_file():
         raise FileNotFoundError(f"{folder} is no folder of mmpeft compare: it has no {GRID}.")
-    grid = json.loads((folder / GRID).read_text())
+    grid = grid or json.loads((folder / GRID).read_text())
     results, failures, missing, running = [], [], [], []
     for cell in grid["cells"]:
         own = place(folder, cell["name"])
@@ -137,7 +148,7 @@ def run_one(folder: Path, cell: Cell, sections: dict) -> str | None:
         if is_complete(own, cell.hashes):  # by another process, in the meantime
             return None
         about = {"labels": cell.labels, "seed": cell.seed, "hashes": cell.hashes}
-        about |= {"mmpeft": __version__, **sections}
+        about |= {"start": cell.start, "mmpeft": __version__, **sections}
         for name, content in (("cell.yaml", about), ("recipe.yaml", cell.recipe)):
             # JSON is YAML, and says of every word that it is none of YAML's numbers
             write_json(own / name, content)
@@ -161,12 +172,14 @@ def refuse_changed(folder: Path, cells: list[Cell], sections: dict, path) -> Non
         own = place(folder, cell.name)
         done = (read_result(own) or {"hashes": {}})["hashes"]
         if any(done.get(step, key) != key for step, key in cell.hashes.items()):
+            if was_begun(own, cell.hashes):  # with --redo, and not ended
+                continue
             was = read_yaml(own / "recipe.yaml", "recipe") | {
                 key: value for key, value in read_yaml(own / "cell.yaml", "cell").items()
-                if key in ("evaluate", "retain", "mmpeft")
+                if key in ("evaluate", "retain", "mmpeft", "start")
             }  # fmt: skip
             now = cell.recipe | {k: v for k, v in sections.items() if k != "keep_checkpoints"}
-            now["mmpeft"] = __version__
+            now |= {"mmpeft": __version__, "start": cell.start}
             changed.append(f"{cell.name} ({differences(was, now)})")
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""

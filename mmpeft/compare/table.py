@@ -43,13 +43,18 @@ def pool(
     if rows and metric not in metrics:
         raise ValueError(f"evaluate.metric {metric!r}: the task has {', '.join(metrics)}.")
     modes = list(dict.fromkeys(mode for one in rows for mode in one["retention"]))
+    taken = {*metrics, *(f"retention_{mode}" for mode in modes)}
+    if both := [axis for axis in grid["axes"] if axis in taken]:
+        raise ValueError(f"axis {both[0]} has the name of what is measured; rename it, which runs "
+                         "no cell anew.")  # fmt: skip
     for one in rows:
         one["on_front"] = {}
         for name, found in one["metrics"].items():
             reference = None if one is rows[0] else rows[0]["metrics"].get(name)
             found["difference"] = reference and difference(found, reference)
     for mode in modes:
-        measured = [one for one in rows if one["retention"].get(mode) and metric in one["metrics"]]
+        measured = [one for one in rows if one["retention"].get(mode) and metric in one["metrics"]
+                    and math.isfinite(one["metrics"][metric]["mean"])]  # fmt: skip
         points = [(one["metrics"][metric]["mean"], one["retention"][mode]["mean"])
                   for one in measured]  # fmt: skip
         for one, best in zip(measured, front(points), strict=True):

@@ -31,6 +31,7 @@ class AdaLoraSteps:
         self.tuner, self.name = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.name]
         self._pattern = None
+        self._begun = False
 
     def begin_step(self, step: int, steps: int) -> None:
         """Fit the schedule to the stage.
@@ -49,8 +50,9 @@ class AdaLoraSteps:
                 f"adapter: tinit {tinit} and tfinal {tfinal} leave none of the {steps} steps to "
                 "move ranks in; lower them."
             )
-        if self._pattern is None and step >= steps - tfinal:  # resumed in the last phase
+        if not self._begun and step >= steps - tfinal:  # resumed in the last phase
             self._pattern = self._ranks_left()
+        self._begun = True
         if steps == self.config.total_step:
             return
         print(f"AdaLoRA: total_step {self.config.total_step} is now {steps}, the steps of this "
@@ -69,6 +71,9 @@ class AdaLoraSteps:
 
     def end_step(self, step: int) -> None:
         """Move the ranks; ``step`` counts from 1 as peft's example does."""
+        last = self.config.total_step - self.config.tfinal  # when peft settles them, once
+        if step > last and self._pattern is None:  # that step was skipped
+            step = last
         self.config.rank_pattern = self._pattern
         self.tuner.update_and_allocate(step)
         # peft would cut saved weights by it, and so change their shapes in the middle of a run

@@ -6,8 +6,10 @@ adds ``checksums.json``, and then every file must be as it was written. The froz
 in it; they are found by name and must hash to what was trained on.
 """
 
+import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 from mmpeft import durable
@@ -31,6 +33,11 @@ def assemble(
     from mmpeft.adapters import attach_adapter
     from mmpeft.spec import to_spec
 
+    if new:  # what is local is found from anywhere
+        vision_encoder = copy.deepcopy(vision_encoder)
+        language_model["name"] = absolute(language_model["name"])
+        for part in getattr(vision_encoder, "encoders", [vision_encoder]):
+            part.name = absolute(part.name)
     encoder = vision_encoder.build()
     llm = load_language_model(**language_model)
     module = connector.build(encoder.hidden_size, embedding_size(llm))
@@ -53,6 +60,14 @@ def assemble(
     return cls(config, encoder, module, llm).eval()
 
 
+def absolute(name: str) -> str:
+    """Of a path; a name of timm or the hub comes back as it is."""
+    import timm
+
+    local = Path(name).exists() and ("/" in name or not timm.is_model(name))
+    return str(Path(name).resolve()) if local else name
+
+
 def _identities(encoder_name, encoder, connector, llm_name, llm) -> dict:
     """Name and hash of everything that is frozen, and so not in the checkpoint."""
     from mmpeft.encoder import weights_hash
@@ -71,12 +86,22 @@ def _identities(encoder_name, encoder, connector, llm_name, llm) -> dict:
 
 
 def save(model, directory) -> None:
-    """Write the trained parts, the config and the identities."""
+    """Write the trained parts, the config and the identities; an older adapter there goes.
+
+    Raises:
+        ValueError: the adapter was merged into the LLM, which is not written.
+    """
     from safetensors.torch import save_file
 
+    if model.merged:
+        raise ValueError(
+            "the adapter was merged into the language model, which a checkpoint does not hold; "
+            "save before merge_adapter, or save model.language_model and build a bridge on that."
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     durable.unseal(directory)
+    shutil.rmtree(directory / ADAPTER_FOLDER, ignore_errors=True)
     model.config.save_pretrained(directory)
     connector = {k: v.contiguous().cpu() for k, v in model.connector.trained_state().items()}
     save_file(connector, directory / CONNECTOR_FILE, metadata={"format": "pt"})
@@ -107,6 +132,7 @@ def load_model(
     durable.verify(Path(directory))
     config = cls.config_class.from_pretrained(directory)
     parts = saved_parts(config, directory)
+    dtype = None if dtype == "auto" else dtype  # as it was trained with
     adapter_and_gate = choose_adapter(parts, adapter, gate, directory)
     if dtype is not None:
         parts["language_model"]["dtype"] = str(dtype).removeprefix("torch.")

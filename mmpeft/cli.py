@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         code = arguments.command(arguments) or 0
         sys.stdout.flush()
         return code
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: an optional package
         if isinstance(error, BrokenPipeError) and _no_one_reads():
             return 128 + 13  # as of a command that SIGPIPE ends
         print(f"mmpeft: error: {error}", file=sys.stderr)
@@ -190,12 +190,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--scales", metavar="S,S,...", help="also scale the adapter: vision score against text"
     )
     retain.add_argument(
-        "--dtype", default="auto", help="floating type of --base and --tuned (as saved)"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="floating type of --base and --tuned (auto: as saved)",
     )
     retain.add_argument("--output", metavar="DIR", help="folder of the report (see below)")
     retain.add_argument(
         "--fail-on", "--fail_on", choices=("degraded", "inconclusive"), dest="fail_on",
-        help="exit code 1 if a mode measured is that, or worse",
+        help="exit code 1 if a mode measured is that, or worse (inconclusive: or not judgeable)",
     )  # fmt: skip
     retain.add_argument(
         "--no-cache", "--no_cache", action="store_true", dest="no_cache",
@@ -317,6 +320,19 @@ def _version_or_help(parser):
     return run
 
 
+def _from_one(arguments, *names: str) -> None:
+    """Refuse options below 1."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be 1 or more.")
+
+
+def _folder(given: str | None) -> None:
+    """Refuse a file before any work is done for it."""
+    if given is not None and os.path.exists(given) and not os.path.isdir(given):
+        raise ValueError(f"--output {given} is a file; name a folder.")
+
+
 def _show(arguments, report: dict, text: str) -> None:
     print(json.dumps(report) if arguments.json else text)
 
@@ -379,6 +395,7 @@ def _data_check(arguments):
     from mmpeft.data_check import check_data, render, write
     from mmpeft.data_check.processor import processor_of
 
+    _folder(arguments.output)
     given = [pair.partition("=") for pair in arguments.columns]
     if bad := ["".join(pair) for pair in given if not all(pair)]:
         raise ValueError(f"--columns {bad[0]}: write WHAT=NAME, as image=picture.")
@@ -422,10 +439,12 @@ def _eval(arguments):
 
     if arguments.samples != "all" and not arguments.samples.isdecimal():
         raise ValueError(f"--samples takes a number or 'all', not {arguments.samples!r}.")
+    arguments.samples = None if arguments.samples == "all" else int(arguments.samples)
+    _from_one(arguments, "samples", "batch_size")
     report = evaluate_run(
         arguments.run,
         _run_task(arguments.run, arguments.task),
-        samples=None if arguments.samples == "all" else int(arguments.samples),
+        samples=arguments.samples,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         share_prefix=not arguments.no_sharing,
@@ -434,6 +453,8 @@ def _eval(arguments):
 
 
 def _retain(arguments):
+    _folder(arguments.output)
+    _from_one(arguments, "samples", "prose_tokens")
     pair = (arguments.base, arguments.tuned)
     if (arguments.run is None) == (pair == (None, None)) or (None in pair and any(pair)):
         raise ValueError("give a RUN, or both --base and --tuned.")
@@ -464,7 +485,10 @@ def _retain(arguments):
         task = _run_task(arguments.run, arguments.task)
         report = retain_run(arguments.run, task, scales=scales, **options)
     _show(arguments, report, render(report))
-    failing = {None: (), "degraded": ("degraded",), "inconclusive": ("degraded", "inconclusive")}
+    failing = {
+        None: (), "degraded": ("degraded",),
+        "inconclusive": ("degraded", "inconclusive", "not_judgeable"),
+    }  # fmt: skip
     verdicts = [body["verdict"] for body in report["modes"].values()]
     return int(any(verdict in failing[arguments.fail_on] for verdict in verdicts))
 
@@ -504,12 +528,16 @@ def _ask(arguments):
 def _chat(arguments):
     from mmpeft.demos.chat import launch
 
+    if not 0 <= arguments.port < 1 << 16:
+        raise ValueError(f"--port is {arguments.port}; it must lie in 0 to 65535.")
+
     launch(arguments.run, arguments.host, arguments.port)
 
 
 def _replay(arguments):
     from mmpeft.replay import describe, write_replay
 
+    _from_one(arguments, "samples", "batch_size", "max_new_tokens")
     given = vars(arguments)
     names = ("samples", "max_new_tokens", "seed", "batch_size", "temperature", "dtype")
     counts = write_replay(

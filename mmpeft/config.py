@@ -183,9 +183,12 @@ class DataConfig:
     check_rows: int = 64
 
     def __post_init__(self):
-        for name, low in (("start_samples", 1), ("max_bad_rows", 1), ("check_rows", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be {low} or more.")
+        for name, low in (
+            ("start_samples", 1), ("max_bad_rows", 1), ("check_rows", 0), ("chats_per_sample", 1),
+            ("max_length", 1),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"data.{name} is {value}; it must be {low} or more.")
         self._choose_task()
         if not 0 < self.fraction <= 1:
             raise ValueError(
@@ -316,6 +319,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
+        if self.align is None and self.instruct is None:
+            raise ValueError("there is no stage to train; set align, instruct or both.")
         if self.speed.feature_cache == "on" and self.data.augmentation:
             raise ValueError(
                 "speed.feature_cache is on, but data.augmentation shows each picture differently "
@@ -502,10 +507,10 @@ def _keys(*classes) -> set[str]:
 
 def task_of_run(run) -> Task | None:
     """The task a run was trained on; ``None`` for a bare checkpoint folder."""
-    import yaml
-
     path = Path(run) / "config.yaml"
     if not path.is_file():
         return None
-    data = yaml.safe_load(path.read_text())["data"]
+    data = read_yaml(path, "config").get("data")
+    if data is None:
+        raise ValueError(f"{path} has no key data; it is not as training wrote it.")
     return from_spec(data.get("task") or data["mixture"][0]["task"], Task)

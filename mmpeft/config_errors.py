@@ -35,6 +35,7 @@ VALUE = re.compile(r"G(?:ot|iven) value: (.*?)(?= - Expected| Given value|$)")
 TYPES = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text",
     "<class 'bool'>": "true or false", "<class 'NoneType'>": "null",
+    "<class 'list'>": "a list, as '[a, b]'", "<class 'dict'>": "keys and values",
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def explain(message: str, known: Known) -> str:
     if found := UNKNOWN_KEY.search(message):
         return _unknown_key(next(filter(None, found.groups())), known)
     if found := UNKNOWN_CLASS.search(message):
-        names = known.classes[found[1]]
+        if (names := known.classes.get(found[1])) is None:
+            return f"{found[1]} is {found[2]!r}; write its keys below it, or null."
         return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], names)}"
     return _bad_value(message) or message
 

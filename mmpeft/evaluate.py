@@ -309,12 +309,14 @@ def _majority_answers(task, chats) -> list[str]:
 
 def evaluate_run(run, task: Task, **options) -> dict:
     """Load a run, evaluate it, and keep report and items in the run folder."""
+    folder = Path(run) / "eval"
+    kept = is_run_folder(run)  # a bare checkpoint, or a name of the hub, is left as it is
+    if kept:
+        folder.mkdir(exist_ok=True)  # before the work
     model, processor = load(run)
     report, items = evaluate(model, processor, task, **options)
-    folder = Path(run) / "eval"
-    if not is_run_folder(run):  # a bare checkpoint, or a name of the hub: leave it as it is
+    if not kept:
         return report
-    folder.mkdir(exist_ok=True)
     (folder / f"{task.name}.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     (folder / f"{task.name}.items.jsonl").write_text(lines)

@@ -241,6 +241,23 @@ def context_length(config) -> int | None:
     return next((length for length in found if length), None)
 
 
+def check_context(language_model: nn.Module, max_length: int | None) -> None:
+    """Refuse samples that are longer than a learned table of positions.
+
+    Raises:
+        ValueError: ``max_length`` goes beyond it.
+    """
+    context, given = context_length(language_model.config), language_model.get_input_embeddings()
+    tables = [m.num_embeddings for m in language_model.modules()
+              if isinstance(m, nn.Embedding) and m is not given]  # fmt: skip
+    # OPT's has two rows more
+    if context and (max_length or 0) > context and any(0 <= n - context <= 8 for n in tables):
+        raise ValueError(
+            f"data.max_length is {max_length}, but this language model has learned {context} "
+            "positions; set it to that or less."
+        )
+
+
 # ---------------------------------------------------------------------------------- attention
 
 

@@ -80,6 +80,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supervised_logits = True
     logits_chunk: int | None = None  # only where projects_last()
     text_kl = None  # a mmpeft.text_kl.TextKL, while a stage with such a term trains
+    merged = False  # whether the LLM's weights hold an adapter
     compiled_layers = 0  # see mmpeft.speed
 
     def __init__(self, config: BridgeConfig, vision_encoder, connector, language_model):
@@ -350,6 +351,9 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """As upstream; images enter at prefill only, the gate is told at every step."""
         token_types = kwargs.get("mm_token_type_ids")  # (B, all so far)
+        if token_types is not None and token_types.shape[1] < input_ids.shape[1]:
+            ahead = input_ids.shape[1] - token_types.shape[1]  # words that assisted decoding tries
+            kwargs["mm_token_type_ids"] = token_types = F.pad(token_types, (0, ahead))
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -430,6 +434,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if hasattr(self.language_model, "peft_config"):
             adapters.require_own_weights(self.language_model)
             self.language_model = self.language_model.merge_and_unload()
+            self.merged = True
         return self
 
     # ----------------------------------------------------------------------- a PreTrainedModel
@@ -454,8 +459,19 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError("the base LLM's vocabulary is never touched: images need no token of it.")
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Write what was trained, the config and the identities of the frozen parts."""
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write what was trained, the config and the identities of the frozen parts.
+
+        Options of transformers about large weights have nothing to change.
+
+        Raises:
+            ValueError: ``push_to_hub``, or the adapter was merged.
+        """
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub is not carried out; upload the folder with huggingface_hub's "
+                "upload_folder."
+            )
         checkpoint.save(self, save_directory)
 
     @classmethod
@@ -463,6 +479,10 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Load a bridge from a folder or the hub; see :func:`mmpeft.checkpoint.load_model`."""
         for key in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(key, None)  # the Auto classes pass these on; a bridge has no remote code
+        if "torch_dtype" in kwargs:  # its name before
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        if kwargs.pop("device_map", None) not in (None, "cpu"):
+            raise ValueError("a bridge is loaded whole: leave out device_map, and use .to().")
         hub = {key: kwargs.pop(key) for key in checkpoint.HUB_OPTIONS if key in kwargs}
         directory = checkpoint.find_checkpoint(pretrained_model_name_or_path, **hub)
         return checkpoint.load_model(cls, directory, **kwargs)

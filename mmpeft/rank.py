@@ -169,7 +169,6 @@ def candidate(config: RunConfig, rank: int, until: int, steps: int) -> RunConfig
     stage.warmup_steps = min(stage.get_warmup_steps(steps), max(1, steps // 10))
     stage.max_steps = stage.save_steps = until
     stage.save_strategy, stage.save_total_limit = SaveStrategy.STEPS, 1
-    stage.save_only_model = False  # the next part goes on with this one's optimizer
     return own
 
 

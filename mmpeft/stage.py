@@ -6,12 +6,26 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
-ELSEWHERE = {  # keys of transformers that something else of a recipe decides
-    "learning_rate": "connector_learning_rate and adapter_learning_rate",
-    "seed": "seed of the recipe",
-    "data_seed": "seed of the recipe",
-    "output_dir": "output_dir of the recipe",
+from mmpeft.config_errors import did_you_mean
+
+AS_THEY_ARE = {  # keys of transformers that have no effect here, or a wrong one
+    "learning_rate": "set connector_learning_rate and adapter_learning_rate",
+    "seed": "set seed of the recipe",
+    "data_seed": "set seed of the recipe",
+    "output_dir": "set output_dir of the recipe",
+    "label_smoothing_factor": "the bridge's own loss has no smoothing",
+    "neftune_noise_alpha": "a frozen LLM's embeddings take no noise",
+    "save_only_model": "--resume needs the optimizer; save_total_limit bounds what is kept",
+    "remove_unused_columns": "samples are made of rows, not of columns",
+    "eval_strategy": "retention of the recipe watches while it trains, mmpeft eval scores it",
+    "load_best_model_at_end": "retention of the recipe keeps the best as RUN/best",
 }
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_total_limit": 1,
+    "dataloader_num_workers": 0, "connector_learning_rate": 0, "adapter_learning_rate": 0,
+    "warmup_steps": 0, "kl_weight": 0,
+}  # fmt: skip
+ORDERS = ("random", "sequential", "group_by_length")
 
 
 @dataclass
@@ -55,16 +69,7 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = False
 
     def __post_init__(self):
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more.")
-        if self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy batch_rebalance evens out several processes, training "
-                "runs in one; use group_by_length."
-            )
-        for key, instead in ELSEWHERE.items():
-            if getattr(self, key) != type(self).__dataclass_fields__[key].default:
-                raise ValueError(f"{key} of a stage would change nothing; set {instead}.")
+        self._check()
         if self.torch_compile:
             raise ValueError(
                 "torch_compile would compile the whole bridge anew for every length; set "
@@ -81,10 +86,43 @@ class StageConfig(TrainingArguments):
         if self.dataloader_num_workers:  # a tokenizer with threads warns when it is forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         super().__post_init__()
+        self._check_reports()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "activation_checkpointing_kwargs.use_reentrant true walks back through what layers "
                 "share (prompts, masks) once for each; leave it out."
+            )
+
+    def _check(self):
+        """Refuse what would do nothing, or something else than it says."""
+        for key, why in AS_THEY_ARE.items():
+            value = getattr(self, key)
+            if value != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key} of a stage is {value!r}; leave it out: {why}.")
+        for key, least in AT_LEAST.items():
+            if (value := getattr(self, key)) is not None and value < least:
+                raise ValueError(f"{key} is {value}; it must be {least} or more.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; it must be 1 or more, or left out.")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0.")
+        if self.train_sampling_strategy not in ORDERS:
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; use "
+                f"{' or '.join(ORDERS)}.{did_you_mean(self.train_sampling_strategy, ORDERS)}"
+            )
+        if getattr(self.save_strategy, "value", self.save_strategy) == "best":
+            raise ValueError("save_strategy best needs an evaluation; use steps, epoch or no.")
+
+    def _check_reports(self):
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        there = get_available_reporting_integrations()
+        asked = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        if missing := [name for name in asked if name not in (*there, "none", "all")]:
+            raise ValueError(
+                f"report_to is {missing[0]!r}, whose package is not installed here; use "
+                f"{', '.join([*there, 'none'])}."
             )
 
 

@@ -17,11 +17,17 @@ def resolve(language_model: nn.Module, adapter, defaults: dict | None) -> None:
     """Put full paths into a config of peft."""
     norms = adapter.peft_type == "LN_TUNING"
     kind = _is_norm if norms else _is_linear
+    named = adapter.target_modules is not None
     if adapter.peft_type == "IA3" and adapter.target_modules is None:
         adapter.target_modules = _usual_of_ia3(language_model)
     adapter.target_modules = resolve_targets(language_model, adapter.target_modules, kind, defaults)
     if getattr(adapter, "feedforward_modules", ()) is None:  # (IA)^3 scales these at their input
-        outputs = _ffn_outputs(language_model)
+        try:
+            outputs = _ffn_outputs(language_model)
+        except ValueError:
+            if not named:
+                raise
+            outputs = []  # experts, and none of them was named
         adapter.feedforward_modules = [n for n in outputs if _named(adapter.target_modules, n)]
     if ff := getattr(adapter, "feedforward_modules", None):
         paths = set(resolve_targets(language_model, ff)) & set(adapter.target_modules)
@@ -121,6 +127,9 @@ def resolve_targets(
             known = last_parts(found)
             close = difflib.get_close_matches(target, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            if isinstance(targets, str):
+                hint = " A text is a regular expression of whole paths; names go into a list, as "
+                hint += f"[{close[0] if close else target}]."
             what = "linear layer" if kind is _is_linear else "layer that this method adapts"
             raise ValueError(
                 f"target_modules: {target!r} names no {what} of this language model.{hint} "

@@ -25,6 +25,7 @@ from mmpeft.config import STAGES, RunConfig, load
 from mmpeft.data import STREAM, Collator, ConversationDataset
 from mmpeft.feature_cache import FlushFeatures
 from mmpeft.feature_setup import prepare
+from mmpeft.language_model import check_context
 from mmpeft.model import BridgeForConditionalGeneration
 from mmpeft.nonfinite import KeepRows, NonFinite, report
 from mmpeft.processing import BridgeProcessor
@@ -33,6 +34,7 @@ from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
 from mmpeft.stopping import how_to_go_on, leave_signals_to_trainer, no_worker_left, resumable
 from mmpeft.streaming import StreamDataset, StreamSampler
 from mmpeft.training_data import TrainingData
+from mmpeft.yaml_file import read_yaml
 
 STEPS = "adapter_steps.safetensors"  # what a PEFT method remembers from step to step
 NO_DECAY = re.compile(r"(bias|ia3_l)(\.|$)")  # besides what has one dimension
@@ -40,6 +42,7 @@ CARRIED = "carried.json"  # what is logged later of the steps so far
 ENVIRONMENT = "environment.json"
 # what may change when a run goes on: no loss depends on it
 FREE = (
+    "output_dir",  # by which the run was found
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "save_steps", "save_strategy", "save_total_limit",
     "feature_cache_dir", "feature_cache_gb", "on_bad_row", "max_bad_rows", "check_rows",
@@ -72,6 +75,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
     model, processor = build(config)
     choose_logits(model, config.speed)
     packing = config.speed.packing and can_pack(model, processor.max_length)
+    check_context(model.language_model, processor.max_length)
     collator = Collator(processor.tokenizer.pad_token_id, packing, config.speed.pad_to_multiple_of)
     data = TrainingData.load(model, processor, config)
     place_encoder(model, config)
@@ -81,6 +85,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
         calibrate(model, data.align, cache=cache)
     watch = watch_retention(model, data.vision, config)
     also = [*callbacks, *([watch] if watch else [])]  # in stage instruct
+    check_batches(config, data)
     if not resume:  # only now: a mistake found so far leaves no folder behind
         start_run_folder(run, resolved, cache)
     data.bad_rows.keep_in(run)
@@ -138,6 +143,7 @@ def check_run_folder(run: Path, resolved: str, resume: bool) -> None:
                     f"{run} was begun with an older mmpeft, which drew samples in another order; "
                     "finish it with that one, or begin anew with another --output_dir."
                 )
+        read_yaml(recorded, "config")  # says so where it is none
         keys = differing(yaml.safe_load(recorded.read_text()), yaml.safe_load(resolved))
         if keys:
             raise ValueError(
@@ -155,6 +161,19 @@ def differing(was, now) -> list[str]:
         return [] if was == now else [""]
     below = [(key, differing(was.get(key, ...), now.get(key, ...))) for key in keys]
     return [f"{key}.{name}".removesuffix(".") for key, names in below for name in names]
+
+
+def check_batches(config: RunConfig, data: TrainingData) -> None:
+    """Refuse a stage whose samples do not fill a batch, where a part of one is dropped."""
+    for name, rows in (("align", data.align), ("instruct", data.instruct)):
+        stage = getattr(config, name)
+        if stage is None or isinstance(rows, StreamDataset) or not stage.dataloader_drop_last:
+            continue
+        if len(rows) < stage.train_batch_size:
+            raise ValueError(
+                f"{name}: {len(rows)} samples are less than a batch of {stage.train_batch_size}, "
+                "which dataloader_drop_last drops; lower per_device_train_batch_size."
+            )
 
 
 def start_run_folder(run: Path, resolved: str, cache) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints: what was trained, nothing else, back to the bit or refused."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +148,55 @@ def test_paths_without_a_bridge(tmp_path):
 def test_unknown_language_model(make_bridge):
     with pytest.raises(ValueError, match="language_model 'nobody/nothing' cannot be loaded"):
         make_bridge(language_model="nobody/nothing")
+
+
+def test_what_was_merged_is_not_lost_without_a_word(make_bridge, images, tmp_path):
+    model, processor = make_bridge("none", "lora")
+    few_steps(model, processor, images)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the language model, .* save before"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_adapter_stays_of_a_bridge_saved_there_before(make_bridge, images, tmp_path):
+    with_one, processor = make_bridge("none", "lora")
+    few_steps(with_one, processor, images)
+    with_one.save_pretrained(tmp_path)
+    without, _ = make_bridge("none", adapter=None)
+    without.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = mmpeft.load(tmp_path)
+    assert not hasattr(loaded.language_model, "peft_config")
+
+
+def test_the_idioms_of_transformers(saved):
+    from transformers import AutoModelForImageTextToText
+
+    for options in ({"dtype": "auto"}, {"torch_dtype": torch.float32}, {"device_map": None}):
+        AutoModelForImageTextToText.from_pretrained(saved, **options)
+    loaded = mmpeft.BridgeForConditionalGeneration.from_pretrained(saved, torch_dtype="bfloat16")
+    assert loaded.language_model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="leave out device_map"):
+        AutoModelForImageTextToText.from_pretrained(saved, device_map="auto")
+    with pytest.raises(ValueError, match="push_to_hub is not carried out"):
+        loaded.save_pretrained(saved, push_to_hub=True)
+
+
+def test_local_parts_are_found_from_another_folder(
+    make_bridge, encoder_dir, llm_dir, tmp_path, monkeypatch
+):
+    from mmpeft.encoder import TimmEncoderConfig
+
+    monkeypatch.chdir(Path(llm_dir).parent)
+    encoder = TimmEncoderConfig(os.path.relpath(encoder_dir), image_size=64)
+    llm = f"./{Path(llm_dir).name}"
+    model = mmpeft.BridgeForConditionalGeneration.from_parts(encoder, MLPConnectorConfig(), llm)
+    assert encoder.name == os.path.relpath(encoder_dir)  # the caller's own is left
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    mmpeft.BridgeForConditionalGeneration.from_pretrained("saved")
+    shutil.copytree(encoder_dir, "vit")  # a folder without a slash in its name
+    TimmEncoderConfig("vit", image_size=64).build()
+    with pytest.raises(ValueError, match="cannot be loaded by timm"):
+        TimmEncoderConfig(str(llm_dir), image_size=64).build()

@@ -58,6 +58,16 @@ def test_eval_reports_and_reproduces_to_the_item(run, capsys, tmp_path):
         (["ask", "nowhere", "what?"], "no run at nowhere"),
         (["eval", "RUN", "--task", "easy_vqua"], "Did you mean 'easy_vqa'"),
         (["eval", "RUN", "--task", "messages", "--samples", "few"], "a number or 'all'"),
+        (["eval", "RUN", "--task", "messages", "--samples", "0"], "--samples is 0; it must be 1"),
+        (
+            ["eval", "RUN", "--task", "messages", "--batch_size", "-2"],
+            "--batch_size is -2; it must",
+        ),
+        (["retain", "RUN", "--samples", "0"], "--samples is 0; it must be 1 or more"),
+        (["retain", "RUN", "--output", __file__], "test_cli.py is a file; name a folder"),
+        (["data", "check", "x", "--output", __file__], "test_cli.py is a file; name a folder"),
+        (["chat", "RUN", "--port", "99999"], "--port is 99999; it must lie in 0 to 65535"),
+        (["replay", "x", "--output", "y", "--batch_size", "0"], "--batch_size is 0; it must be 1"),
         (["train", "gone.yaml"], "recipe gone.yaml does not exist"),
         (["starter", "easyvqa"], "easy-vqa"),
     ],
@@ -120,6 +130,8 @@ def test_options_are_spelt_either_way():
         (["--fail-on", "degraded"], ["retained", "degraded"], 1),
         (["--fail_on", "inconclusive"], ["retained", "inconclusive"], 1),
         (["--fail_on", "inconclusive"], ["degraded"], 1),
+        (["--fail_on", "inconclusive"], ["not_judgeable"], 1),
+        (["--fail_on", "degraded"], ["not_judgeable"], 0),
     ],
 )
 def test_a_verdict_can_fail_a_pipeline(monkeypatch, capsys, fail_on, verdicts, code):

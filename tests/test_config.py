@@ -128,6 +128,59 @@ def test_a_bad_value_is_one_line_that_names_the_key(tmp_path, old, new, message)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("max_steps", "0", "max_steps is 0; it must be 1 or more, or left out.$"),
+        ("per_device_train_batch_size", "0", "size is 0; it must be 1 or more.$"),
+        ("gradient_accumulation_steps", "-1", "steps is -1; it must be 1 or more.$"),
+        ("save_total_limit", "-1", "save_total_limit is -1; it must be 1 or more.$"),
+        ("adapter_learning_rate", "-1", "adapter_learning_rate is -1.0; it must be 0 or more.$"),
+        ("kl_weight", "-1", "kl_weight is -1.0; it must be 0 or more.$"),
+        ("learning_rate", "0.5", "learning_rate of a stage is 0.5; leave it out: set "
+         "connector_learning_rate and adapter_learning_rate.$"),
+        ("seed", "3", "seed of a stage is 3; leave it out: set seed of the recipe.$"),
+        ("data_seed", "3", "leave it out: set seed of the recipe.$"),
+        ("output_dir", "out", "leave it out: set output_dir of the recipe.$"),
+        ("label_smoothing_factor", "0.1", "leave it out: the bridge's own loss has no smoothing"),
+        ("neftune_noise_alpha", "5", "leave it out: a frozen LLM's embeddings take no noise"),
+        ("save_only_model", "true", "leave it out: --resume needs the optimizer"),
+        ("eval_strategy", "steps", "leave it out: retention of the recipe watches"),
+        ("load_best_model_at_end", "true", "leave it out: retention of the recipe keeps the best"),
+        ("save_strategy", "best", "save_strategy best needs an evaluation"),
+        ("remove_unused_columns", "true", "leave it out: samples are made of rows"),
+        ("train_sampling_strategy", "group_by_lenght",
+         "'group_by_lenght'; use .* Did you mean 'group_by_length'"),
+        ("report_to", "nowhere", "report_to is 'nowhere', whose package is not installed"),
+    ],
+)  # fmt: skip
+def test_a_key_of_transformers_that_would_do_nothing_or_harm_is_refused(
+    tmp_path, option, value, message
+):
+    for stage in ("align", "instruct"):
+        with pytest.raises(ValueError, match=message) as error:
+            config.load(write_recipe(tmp_path), [f"--{stage}.{option}", value])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--instruct.max_steps", "-1", "--instruct.num_train_epochs", "0"],
+         "num_train_epochs is 0.0; it must be above 0.$"),
+        (["--data.max_length", "0"], "data.max_length is 0; it must be 1 or more.$"),
+        (["--data.chats_per_sample", "0"], "data.chats_per_sample is 0; it must be 1 or more.$"),
+        (["--align", "null", "--instruct", "null"], "there is no stage to train; set align"),
+        (["--instruct", "yes"], "instruct is .*yes.*; write its keys below it, or null"),
+        (["--model.resolution", "tiles"], "resolution"),
+    ],
+)  # fmt: skip
+def test_values_that_train_nothing_are_refused(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config.load(write_recipe(tmp_path), words)
+    assert "\n" not in str(error.value)
+
+
 def test_misspelt_on_the_command_line(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'max_steps'"):
         config.load(write_recipe(tmp_path), ["--instruct.max_step", "3"])
@@ -189,7 +242,7 @@ def test_workers_are_for_a_device_that_would_wait(
 def test_reentrant_checkpointing_is_refused(name):
     # prompts and prefixes are shared by layers: torch ended in "backward a second time"
     with pytest.raises(ValueError, match="use_reentrant true .*leave it out"):
-        StageConfig(output_dir="x", **{name: {"use_reentrant": True}})
+        StageConfig(**{name: {"use_reentrant": True}})
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,37 @@ def test_a_run_starts_from_another_bridge(recipe, make_bridge, tmp_path):
     train(again, [*options, "--model.adapter", "null"])
     with pytest.raises(ValueError, match="brings the parts of .*; leave out language_model"):
         train(again, [*options, "--model.language_model", "other"])
+
+
+def test_a_run_goes_on_under_another_spelling_and_in_another_place(recipe, monkeypatch):
+    run = train(recipe)
+    moved = run.rename(run.with_name("moved"))
+    for folder in (f"{moved}/", str(moved)):
+        assert train(recipe, ["--output_dir", folder], resume=True) == moved
+    (moved / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"moved/config.yaml holds no keys"):
+        train(recipe, ["--output_dir", str(moved)], resume=True)
+
+
+def test_a_stage_without_a_step_leaves_no_run_folder(recipe):
+    words = ["--instruct.dataloader_drop_last=true", "--instruct.per_device_train_batch_size=50"]
+    with pytest.raises(ValueError, match="instruct: 12 samples are less than a batch of 50"):
+        train(recipe, words)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_samples_longer_than_a_table_of_positions_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    from mmpeft.language_model import check_context
+
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=32))
+    opt = OPTForCausalLM(OPTConfig(
+        hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=32,
+        max_position_embeddings=16, word_embed_proj_dim=8,
+    ))  # fmt: skip
+    for llm in (gpt, opt):
+        check_context(llm, 16)
+        check_context(llm, None)
+        with pytest.raises(ValueError, match="max_length is 17, .* has learned 16 positions"):
+            check_context(llm, 17)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmpeft.encoder.contract import (
     VisionEncoder,
@@ -66,7 +67,7 @@ class TimmEncoder(VisionEncoder):
         from mmpeft.starter import resolve
 
         name = resolve(config.name)
-        if name != config.name or "/" in name:
+        if name != config.name or "/" in name or (Path(name).is_dir() and not timm.is_model(name)):
             name = name if name.startswith("hf-hub:") else f"local-dir:{name}"
         elif not timm.is_model(name):
             raise unknown_name("timm", name, timm.list_models())
@@ -81,7 +82,7 @@ class TimmEncoder(VisionEncoder):
             except TypeError:
                 if not attempts:
                     raise
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, KeyError) as error:  # a config.json of something else
                 raise ValueError(
                     f"{config.name} cannot be loaded by timm: {one_line(error)}"
                 ) from error

@@ -17,7 +17,7 @@ from mmpeft.tuners.adding import (
     check_sizes,
     down_start,
 )
-from mmpeft.tuners.base import Tuner, register
+from mmpeft.tuners.base import Computed, Tuner, register
 from mmpeft.tuners.sublayers import decoder_layers, find_outputs, hidden_size, sizes
 
 
@@ -136,7 +136,7 @@ class AdaMixModel(Tuner):
 
     prefix = "adamix_"
     tuner_layer_cls = AdaMixLayer
-    _logits: Tensor | None = None  # of the step's first pass
+    _first = Computed()  # logits of the step's first pass
 
     @classmethod
     def find_targets(cls, language_model: nn.Module, config: AdaMixConfig) -> list[str]:
@@ -162,14 +162,17 @@ class AdaMixModel(Tuner):
         """As the LLM; keeps the logits for :meth:`penalty`."""
         outputs = self.model(*args, **kwargs)
         keep = self.training and torch.is_grad_enabled() and self._compares()
-        self._logits = outputs.logits if keep else None
+        self._first = Computed(logits=outputs.logits) if keep else Computed()
         return outputs
 
     def begin_step(self, step: int, steps: int) -> None:
         """Draw the modules of this step."""
-        self._logits = None
         for layer in self._layers():
             layer.draw()
+
+    def end_step(self, step: int) -> None:
+        """Let go of the logits, where nothing asked for the penalty."""
+        self._first = Computed()
 
     def penalty(self, model, inputs: dict) -> Tensor | None:
         """Mean symmetric KL divergence, per learned token, of the predictions of two draws.
@@ -190,13 +193,13 @@ class AdaMixModel(Tuner):
             first = self._predict(model, inputs, learned)
         with self._second_draw():
             second = self._predict(model, inputs, learned)
-        self._logits = None
+        self._first = Computed()
         p, q = (logits.float().log_softmax(-1) for logits in (first, second))  # (n, V)
         return self._config.consistency * 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
 
     def _kept(self, learned: Tensor) -> Tensor | None:
         """``(n, V)``, the first pass's logits at positions ``learned`` (B, T)."""
-        logits, self._logits = self._logits, None
+        logits = self._first.pop("logits", None)
         if logits is None or logits.shape[:2] == learned.shape:
             return None if logits is None else logits[learned]
         return logits[0] if logits.shape[1] == int(learned.sum()) else None

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmpeft.attention import ATTENTION, Learned, Recorder
-from mmpeft.tuners.base import Layer, Tuner
+from mmpeft.tuners.base import Computed, Layer, Tuner
 from mmpeft.weights import first_line
 
 UNREADABLE = (
@@ -77,7 +77,7 @@ def record(
     positions: Tensor | None = None,
     changes: dict | None = None,
 ) -> dict:
-    """Keys and values of a row that stands alone, by attention module; no adapter acts.
+    """Keys and values of a row that stands alone, by attention module; no prefix acts.
 
     Args:
         embeds: ``(1, P, D)``.
@@ -88,8 +88,9 @@ def record(
     given = {} if positions is None else {"position_ids": positions[None]}
     if embeds.device.type == "meta":  # with a cache nothing asks for the values of positions
         given["past_key_values"] = DynamicCache(config=language_model.config)
+    decoder = language_model.get_decoder()
     with _plainly(layers), _changing(changes or {}):
-        language_model.base_model(inputs_embeds=embeds, use_cache=False, learned=recorder, **given)
+        decoder(inputs_embeds=embeds, use_cache=False, learned=recorder, **given)
     return recorder.taken
 
 
@@ -138,23 +139,29 @@ def first_position(language_model: nn.Module, count: int) -> int:
 
     Where attention depends on distances alone it is ``-count``, as if the text were moved on to
     make room. A learned table of positions has no entry for it: there it is 0, as the text's is.
-    Tries which it is.
+    Tries which it is: where distances count, moving the text is no more than rounding, which is as
+    much as a change of the embeddings in their last digit.
     """
     table = language_model.get_input_embeddings().weight
     if table.device.type == "meta":
         return 0
     ids = torch.arange(6, device=table.device)
     embeds = language_model.get_input_embeddings()(ids * 7 % len(table))
+    digit = 1 + torch.finfo(embeds.dtype).eps
     near, moved, spread = (_run(language_model, embeds, x) for x in (ids, ids + 16, ids * 3))
-    return -count if (moved - near).norm() < 0.1 * (spread - near).norm() else 0
+    rounding = (_run(language_model, embeds * digit, ids) - near).norm()
+    seen = max(0.1 * (spread - near).norm(), 8 * rounding)
+    return -count if (moved - near).norm() < seen else 0
 
 
 def _run(language_model: nn.Module, embeds: Tensor, positions: Tensor, **given) -> Tensor:
-    """Hidden states ``(T, D)`` behind the last layer, of ``embeds`` ``(T, D)``."""
-    return language_model.base_model(
+    """Behind the last layer, of ``embeds`` ``(T, D)``: hidden states ``(T, D)``, or logits."""
+    found = language_model.get_decoder()(
         inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False,
         attention_mask=torch.ones_like(positions)[None], **given,
-    ).last_hidden_state[0].float()  # fmt: skip
+    )  # fmt: skip
+    # of some LLMs (Llama 4) the decoder is the whole
+    return (found.logits if "logits" in found else found.last_hidden_state)[0].float()
 
 
 def some_tokens(language_model: nn.Module, count: int) -> Tensor:
@@ -165,13 +172,6 @@ def some_tokens(language_model: nn.Module, count: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- the tuners
-
-
-class Computed(dict):
-    """What a tuner has worked out in the pass at hand; a copy of it, or a pickle, is empty."""
-
-    def __reduce__(self):
-        return type(self), ()
 
 
 class AttentionLayer(Layer):
@@ -239,18 +239,25 @@ class AttentionTuner(Tuner):
     def _pre_injection_hook(self, model, config, adapter_name):
         self._kept = Computed()  # empty where the layers' are
         self.shapes = find_attention(model)
-        if config.target_modules is None:  # not by way of attach_adapter
-            config.target_modules = self.find_targets(model, config)
         self.device = model.get_input_embeddings().weight.device
         self.first = first_position(model, config.num_virtual_tokens)
 
     def _post_injection_hook(self, model, config, adapter_name):
-        model.register_forward_pre_hook(self._prepare)
+        self._hook = model.register_forward_pre_hook(self._prepare)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        self._hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _prepare(self, model, args):
         layer = next(self._layers(), None)
-        if layer is None or layer.disable_adapters:  # there is none once peft unloaded them
+        if layer is None or layer.disable_adapters:
             return
+        if (kind := model.config._attn_implementation) != ATTENTION:
+            raise ValueError(
+                f"the LLM's attention was set to {kind}, which sees nothing of the adapter; set it "
+                f"to {ATTENTION}."
+            )
         source = self.source()
         if source is None:
             return

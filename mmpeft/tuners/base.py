@@ -30,10 +30,18 @@ def register(config: type[PeftConfig], tuner: type["Tuner"]) -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = tuner.prefix
 
 
+class Computed(dict):
+    """What a tuner has worked out in the pass at hand; a copy of it, or a pickle, is empty."""
+
+    def __reduce__(self):
+        return type(self), ()
+
+
 class Kept:
     """What is made of parameters, kept while they stay as they are and no gradient is wanted.
 
-    So generation makes it once, not for every token. A copy of it, or a pickle, is empty.
+    So generation makes it once, not for every token. A copy of it, or a pickle, is empty. A change
+    by way of ``parameter.data`` alone is not seen.
     """
 
     def __init__(self):
@@ -45,8 +53,11 @@ class Kept:
     def get(self, parameters: Iterable[Tensor], make: Callable):
         """``make()``, or what it gave before of the same values of the same parameters."""
         parameters = list(parameters)
-        if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):
-            self._made_of = self._value = None  # an inference tensor does not count its changes
+        # an inference tensor does not count its changes, nor does a fused optimizer those it makes
+        if torch.is_grad_enabled() or any(
+            p.is_inference() or p.grad is not None for p in parameters
+        ):
+            self._made_of = self._value = None
             return make()
         made_of = [_State(p, p.data_ptr(), p._version) for p in parameters]
         if made_of != self._made_of:
@@ -148,11 +159,26 @@ class Tuner(BaseTuner):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave."""
 
+    def _prepare_adapter_config(self, peft_config, model_config):
+        """Targets left open are found in the LLM; peft looks them up by its kind."""
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self.find_targets(self.model, peft_config)
+        return peft_config
+
+    def _check_new_adapter_config(self, config):
+        super()._check_new_adapter_config(config)
+        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            raise ValueError(
+                f"the LLM has an adapter, and {type(config).__name__} goes on one that has none; "
+                "unload it first."
+            )
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):
         layer = self.wrap(target, adapter_name, peft_config, current_key)
         self._replace_module(parent, target_name, layer, target)
+        _follow(layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child):
         if isinstance(new_module, BaseTunerLayer):
@@ -160,8 +186,27 @@ class Tuner(BaseTuner):
         else:  # taken off again; peft would look for a weight, which whole sublayers have not
             setattr(parent, child_name, new_module)
 
+    def _mark_only_adapters_as_trainable(self, model):
+        super()._mark_only_adapters_as_trainable(model)
+        if any(config.inference_mode for config in self.peft_config.values()):
+            for child in self.children():  # what layers share
+                child.requires_grad_(False)
+
     def _check_merge_allowed(self):
         super()._check_merge_allowed()
         if not self.merges:
             name = type(self).__name__.removesuffix("Model")
             raise ValueError(f"a {name} adapter cannot be merged into the weights of the LLM.")
+
+
+def _follow(layer: Layer, module: nn.Module) -> None:
+    """Put what ``layer`` holds on the device of ``module``; peft does with what its prefix names.
+
+    Weights on device meta stay there: they are about to be loaded.
+    """
+    device = next(module.parameters()).device
+    for name, child in layer.named_children():
+        if name != "base_layer" and not any(p.is_meta for p in child.parameters()):
+            child.to(device)
+    for name, buffer in layer.named_buffers(recurse=False):
+        setattr(layer, name, buffer.to(device))

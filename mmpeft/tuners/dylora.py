@@ -135,19 +135,21 @@ class DyLoraModel(Tuner):
         Raises:
             ValueError: it is not between 1 and r, or the adapter is merged.
         """
-        config = self.peft_config[self.active_adapters[0]]
-        if not 1 <= rank <= config.r:
-            raise ValueError(f"rank {rank} must lie in 1 to r, {config.r}.")
+        self._known(rank)
         if any(layer.merged for layer in self._layers()):
             raise ValueError("the adapter is merged; unmerge it before another rank is deployed.")
-        config.rank = rank
+        self._config.rank = rank
         for layer in self._layers():
             layer.deploy(rank)
 
     def as_lora(self, rank: int | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """The adapter cut to a rank as plain LoRA: peft's config, and its state by peft's names."""
-        config = self.peft_config[self.active_adapters[0]]
-        rank, state, paths = rank or config.rank or config.r, {}, []
+        """The adapter cut to a rank as plain LoRA: peft's config, and its state by peft's names.
+
+        Raises:
+            ValueError: it is not between 1 and r.
+        """
+        config, state, paths = self._config, {}, []
+        rank = (config.rank or config.r) if rank is None else self._known(rank)
         for path, layer in self.model.named_modules():
             if isinstance(layer, DyLoraLayer):
                 paths.append(path)
@@ -163,9 +165,18 @@ class DyLoraModel(Tuner):
 
     def begin_step(self, step: int, steps: int) -> None:
         """Draw the rank of this step."""
-        rank = int(torch.randint(1, self.peft_config[self.active_adapters[0]].r + 1, ()))
+        rank = int(torch.randint(1, self._config.r + 1, ()))
         for layer in self._layers():
             layer.draw(rank)
+
+    @property
+    def _config(self) -> DyLoraConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    def _known(self, rank: int) -> int:
+        if not 1 <= rank <= self._config.r:
+            raise ValueError(f"rank {rank} must lie in 1 to r, {self._config.r}.")
+        return rank
 
     def _layers(self):
         return (module for module in self.model.modules() if isinstance(module, DyLoraLayer))

@@ -66,11 +66,5 @@ class MAMModel(PrefixModel):
             return super().wrap(module, adapter_name, config, path)
         return BottleneckLayer(module, adapter_name, config.beside(), hidden_size(self.model))
 
-    def _mark_only_adapters_as_trainable(self, model):
-        super()._mark_only_adapters_as_trainable(model)
-        for name, parameter in model.named_parameters():
-            if BottleneckModel.prefix in name:
-                parameter.requires_grad_(True)
-
 
 register(MAMConfig, MAMModel)

@@ -74,9 +74,11 @@ class MergingLayer(Layer):
         self.merged_adapters = [self.adapter_name]
 
     def unmerge(self) -> None:
-        """Put the module's own back, to the bit."""
-        for name, value in (self._before or {}).items():
-            setattr(self.base_layer, name, value)
+        """Put the module's own back, to the bit; in the type and place that it now has."""
+        for name, own in (self._before or {}).items():
+            if own is not None:
+                own.data = own.data.to(getattr(self.base_layer, name))
+            setattr(self.base_layer, name, own)
         self._before, self.merged_adapters = None, []
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -141,8 +141,9 @@ class PrefixModel(AttentionTuner):
     def _post_injection_hook(self, model, config, adapter_name):
         super()._post_injection_hook(model, config, adapter_name)
         plain = config.hidden_size is None and config.init in (None, "vocabulary")
-        if not plain or self.device.type == "meta":
-            return
+        weights = [p for layer in self._layers() for p in layer.prefix_key.parameters()]
+        if not plain or self.device.type == "meta" or any(p.is_meta for p in weights):
+            return  # or they are about to be loaded
         tokens = some_tokens(model, config.num_virtual_tokens)
         taken = record(model, tokens[None], self._front(len(tokens)))
         for layer in self._layers():

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 
+from peft import PeftConfig
 from torch import nn
 
 from mmpeft.targets import last_parts, leave_out, resolve
@@ -55,6 +56,8 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
     from mmpeft.tuners.from_peft import translate
     from mmpeft.tuners.merging import MergingTuner
 
+    if not isinstance(adapter, PeftConfig):
+        raise ValueError(f"adapter is {adapter!r}; give one peft config, such as LoraConfig(r=16).")
     adapter = copy.deepcopy(translate(adapter))
     _require_addition(adapter)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[adapter.peft_type]

@@ -243,7 +243,7 @@ def find_checkpoint(path, **hub_options) -> Path:
         FileNotFoundError: there is none, with what was found instead.
     """
     name, path = str(path), Path(path)
-    if not path.exists() and name.count("/") == 1:
+    if not path.exists() and name.count("/") == 1 and name[0] not in "/.~":
         path = _download(name, hub_options)
     for candidate in (path, path / "checkpoint"):
         if (candidate / "config.json").is_file() and (candidate / CONNECTOR_FILE).is_file():

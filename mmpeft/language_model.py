@@ -108,6 +108,10 @@ def source(name: str, revision: str | None = None) -> dict:
     from mmpeft.starter import resolve
 
     path = resolve(name)
+    if Path(path).is_absolute() and not Path(path).exists():
+        raise ValueError(
+            f"language_model {name!r} does not exist; put the folder back, or a link to it."
+        )
     where = {"pretrained_model_name_or_path": path, "revision": revision}
     if path.lower().endswith(".gguf"):
         folder, _, file = path.rpartition("/")

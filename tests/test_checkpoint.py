@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mmpeft
-from mmpeft import adapters
+from mmpeft import adapters, checkpoint
 from mmpeft.connectors.linear import LinearConnectorConfig
 from mmpeft.connectors.mlp import MLPConnectorConfig
 
@@ -136,6 +136,17 @@ def test_pickled_weights_are_refused(make_bridge, llm_dir, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds pickled weights only"):
         make_bridge(language_model=str(tmp_path))
+
+
+def test_what_is_on_no_hub_is_not_looked_for_there(make_bridge):
+    for path in ("/nope", "./nope", "../nope"):
+        with pytest.raises(FileNotFoundError, match="no run at .*nope: it does not exist"):
+            checkpoint.find_checkpoint(path)
+    with pytest.raises(ValueError, match="'/nope' does not exist; put the folder back, or a link"):
+        make_bridge("none", language_model="/nope")
+    for adapter in ("lora", ["lora"]):
+        with pytest.raises(ValueError, match="adapter is .*lora.*; give one peft config"):
+            adapters.attach_adapter(torch.nn.Linear(1, 1), adapter)
 
 
 def test_paths_without_a_bridge(tmp_path):

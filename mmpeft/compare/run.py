@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmpeft import __version__
+from mmpeft import __version__, durable
 from mmpeft.compare.cell import read_result, write_json
 from mmpeft.compare.figures import draw_front, draw_ranks
 from mmpeft.compare.grid import Cell, GridConfig, load_grid
@@ -131,7 +131,7 @@ def redraw(folder, grid: dict | None = None) -> dict:
     tables = {"table.md": as_markdown, "table.csv": as_csv}
     texts = {name: write(report) for name, write in tables.items()}
     for name, text in (texts | {"cells.csv": cells_as_csv(results)}).items():
-        (folder / name).write_text(text)
+        durable.write(folder / name, text)
     for name, draw in (("front.png", draw_front), ("rank.png", draw_ranks)):
         (folder / name).unlink(missing_ok=True)
         draw(report, folder / name)

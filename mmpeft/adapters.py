@@ -1,6 +1,7 @@
 """Put a peft method on the LLM, decide what trains, and say so."""
 
 import copy
+import sys
 from dataclasses import dataclass
 
 from peft import PeftConfig
@@ -65,6 +66,9 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
         adapter.target_modules = tuner.find_targets(language_model, adapter)
     elif hasattr(adapter, "target_modules"):
         resolve(language_model, adapter, getattr(tuner, "target_module_mapping", None))
+    if new and adapter.peft_type == "LN_TUNING" and language_model.dtype.itemsize < 4:
+        adapter = _with_float32_copies(language_model, adapter)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[adapter.peft_type]
     if new and hasattr(adapter, "target_modules"):
         leave_out(language_model, adapter, whole=issubclass(tuner, MergingTuner))
     # peft's causal wrapper refuses inputs_embeds for MPT, its plain one does not
@@ -87,6 +91,18 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
             "not be had back by switching it off; choose another method, or another way to start."
         )
     return wrapped
+
+
+def _with_float32_copies(language_model: nn.Module, adapter) -> PeftConfig:
+    """LN tuning whose norms can move: in 16 bits a step is less than the last digit of a 1."""
+    from mmpeft.tuners.full import FullTuningConfig
+
+    print(
+        f"adapter: LNTuningConfig would train norms in {language_model.dtype}, too coarse for its "
+        "steps; taken as FullTuningConfig of them, whose copies are float32.",
+        file=sys.stderr,
+    )
+    return FullTuningConfig(target_modules=adapter.target_modules, task_type=adapter.task_type)
 
 
 def _require_targets_kept(asked, parameters: set[str], wrapped) -> None:

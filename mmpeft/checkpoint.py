@@ -283,4 +283,6 @@ def load(path, **kwargs):
     if "auto_map" in json.loads((directory / "config.json").read_text()):
         raise ValueError(f"{directory}: config.json asks to run its own code (auto_map); refused.")
     model = BridgeForConditionalGeneration.from_pretrained(directory, **kwargs)
-    return model, BridgeProcessor.from_pretrained(directory)
+    processor = BridgeProcessor.from_pretrained(directory)
+    model.stop_at(processor.ends_of_turn())
+    return model, processor

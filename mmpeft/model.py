@@ -1,5 +1,6 @@
 """The bridge: frozen vision encoder -> trained connector -> frozen LLM with a gated adapter."""
 
+import copy
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -365,6 +366,14 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs.pop(name, None)
         return inputs
 
+    def stop_at(self, ends: list[int]) -> None:
+        """End replies at these tokens, too; the LLM's own ``generation_config`` stays as it is."""
+        own = self.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own] * (own is not None)
+        if new := [token for token in ends if token not in own]:
+            self.generation_config = copy.deepcopy(self.generation_config)
+            self.generation_config.eos_token_id = [*own, *new]
+
     def _mask_of_step(self, token_types: Tensor, inputs: dict) -> Tensor | None:
         """The gate's mask of the tokens that ``inputs`` holds, the last of ``token_types``."""
         mask = gate_mask(self.config.gate, token_types)
@@ -444,7 +453,9 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().train(mode)
         self.vision_encoder.eval()
         self.language_model.eval()
-        adapters.set_adapter_mode(self.language_model, mode)
+        own = adapters.adapter_parameters(self.language_model)
+        learns = any(parameter.requires_grad for parameter in own)  # else it drops out nothing
+        adapters.set_adapter_mode(self.language_model, mode and learns)
         for module in self.language_model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = mode  # it recomputes only in training mode; no dropout of its own

@@ -94,7 +94,25 @@ class BridgeProcessor(ProcessorMixin):
         )  # fmt: skip
         if (instruction := model.connector.instruction_tokenizer) is not None:
             processor.qformer_tokenizer = AutoTokenizer.from_pretrained(**instruction)
+        model.stop_at(processor.ends_of_turn())
         return processor
+
+    def ends_of_turn(self) -> list[int]:
+        """Special tokens behind which the assistant has said all: the text's end, and the turn's.
+
+        The latter is what training teaches, which an LLM's own ``generation_config`` may not know.
+        """
+        from jinja2 import TemplateError
+
+        ends = {self.tokenizer.eos_token_id}
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            row, _ = self.encode_chat(said)
+        except (ValueError, TemplateError):  # the template is refused where it is needed
+            row = {"labels": []}
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        learned = (token for token in row["labels"] if token in special)
+        return sorted({*ends, next(learned, None)} - {None})
 
     @property
     def model_input_names(self):

@@ -186,7 +186,8 @@ def _is_read_as_written(tokenizer, question: str, prompt: str, answer: str) -> b
         text = tokenizer.apply_chat_template(chat, tokenize=False, **UNTHINKING)
     except TemplateError:  # the template refuses what it says
         return False
-    return text.startswith(prompt + answer)
+    # a template may put a space before what is said
+    return text.startswith(prompt) and text[len(prompt) :].lstrip().startswith(answer)
 
 
 def _user(question: str) -> dict:

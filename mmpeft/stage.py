@@ -18,6 +18,8 @@ AS_THEY_ARE = {  # keys of transformers that have no effect here, or a wrong one
     "save_only_model": "--resume needs the optimizer; save_total_limit bounds what is kept",
     "remove_unused_columns": "samples are made of rows, not of columns",
     "eval_strategy": "retention of the recipe watches while it trains, mmpeft eval scores it",
+    "eval_on_start": "retention of the recipe watches while it trains, mmpeft eval scores it",
+    "ignore_data_skip": "--resume would learn from the first samples again",
     "load_best_model_at_end": "retention of the recipe keeps the best as RUN/best",
 }
 AT_LEAST = {
@@ -110,6 +112,11 @@ class StageConfig(TrainingArguments):
             raise ValueError(
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}; use "
                 f"{' or '.join(ORDERS)}.{did_you_mean(self.train_sampling_strategy, ORDERS)}"
+            )
+        if floors := {"min_lr", "lr_end"} & {*(self.lr_scheduler_kwargs or {})}:
+            raise ValueError(
+                f"lr_scheduler_kwargs.{min(floors)} is a learning rate, and a stage has two; use a "
+                "schedule with min_lr_rate, a share of both."
             )
         if getattr(self.save_strategy, "value", self.save_strategy) == "best":
             raise ValueError("save_strategy best needs an evaluation; use steps, epoch or no.")

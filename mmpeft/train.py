@@ -85,7 +85,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
         calibrate(model, data.align, cache=cache)
     watch = watch_retention(model, data.vision, config)
     also = [*callbacks, *([watch] if watch else [])]  # in stage instruct
-    check_batches(config, data)
+    check_stages(config, data)
     if not resume:  # only now: a mistake found so far leaves no folder behind
         start_run_folder(run, resolved, cache)
     data.bad_rows.keep_in(run)
@@ -163,8 +163,8 @@ def differing(was, now) -> list[str]:
     return [f"{key}.{name}".removesuffix(".") for key, names in below for name in names]
 
 
-def check_batches(config: RunConfig, data: TrainingData) -> None:
-    """Refuse a stage whose samples do not fill a batch, where a part of one is dropped."""
+def check_stages(config: RunConfig, data: TrainingData) -> None:
+    """Refuse a stage whose samples do not fill a batch, or which ends before it is measured."""
     for name, rows in (("align", data.align), ("instruct", data.instruct)):
         stage = getattr(config, name)
         if stage is None or isinstance(rows, StreamDataset) or not stage.dataloader_drop_last:
@@ -173,6 +173,13 @@ def check_batches(config: RunConfig, data: TrainingData) -> None:
             raise ValueError(
                 f"{name}: {len(rows)} samples are less than a batch of {stage.train_batch_size}, "
                 "which dataloader_drop_last drops; lower per_device_train_batch_size."
+            )
+    if config.retention is not None:
+        steps = total_steps(config.instruct, len(data.instruct))
+        if (every := config.retention.every_steps) > steps:
+            raise ValueError(
+                f"retention.every_steps is {every}, but stage instruct has {steps} steps; nothing "
+                "would be measured. Lower it, or set retention to null."
             )
 
 
@@ -296,7 +303,7 @@ def train_stage(
             compiled(model, False),  # only steps, not what callbacks measure between them
         ):
             trainer.add_callback(finish)
-            if begun is not None and durable.step_of(begun) >= trainer.total_steps():
+            if begun is not None and has_ended(begun, trainer.total_steps(), callbacks):
                 checkpoint.load_trained(model, begun)  # nothing is left to be done
                 metrics.write(TrainerState.load_from_json(str(begun / TRAINER_STATE_NAME)))
             else:
@@ -322,10 +329,25 @@ def watch_retention(model, dataset: ConversationDataset, config: RunConfig):
         return None
     from mmpeft.retention.callback import RetentionCallback
 
+    rows = dataset.good_rows(dataset.held_out)
+    if not rows:
+        raise ValueError(
+            f"all {len(dataset.held_out)} rows held out for retention.vision_samples are bad; mend "
+            "them, or raise it."
+        )
     return RetentionCallback(
-        config.retention, Path(config.output_dir), model, dataset.processor, dataset.task,
-        dataset.good_rows(dataset.held_out), config.seed,
+        config.retention, Path(config.output_dir), model, dataset.processor, dataset.task, rows,
+        config.seed,
     )  # fmt: skip
+
+
+def has_ended(begun: Path, steps: int, callbacks) -> bool:
+    """Whether nothing is left to be done behind a checkpoint."""
+    from mmpeft.retention.callback import RetentionCallback
+
+    step = durable.step_of(begun)
+    watches = [one for one in callbacks if isinstance(one, RetentionCallback)]
+    return step >= steps or any(watch.has_stopped(step) for watch in watches)
 
 
 def total_steps(arguments, samples: int) -> int:
@@ -445,7 +467,9 @@ class BridgeTrainer(Trainer):
             for decays, own in _by_decay(self.model, parameters)
         ]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class([options | group for group in groups])
+        # schedules divide by the first, where an optimizer's own default may be none
+        options["lr"] = max(self.args.connector_learning_rate, self.args.adapter_learning_rate)
+        self.optimizer = optimizer_class([options | group for group in groups], lr=options["lr"])
         return self.optimizer
 
     def _save_checkpoint(self, model, trial):

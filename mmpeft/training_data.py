@@ -1,5 +1,6 @@
 """The data sets of a recipe, stage by stage."""
 
+import dataclasses
 import random
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from mmpeft.data import ConversationDataset
 from mmpeft.language_model import branch_limit
 from mmpeft.mixture import Mixture, shared_out, with_replay
 from mmpeft.streaming import FIRST, StreamDataset
+from mmpeft.task import Task
 
 
 @dataclass
@@ -48,7 +50,7 @@ class TrainingData:
 
         def dataset(task):
             replayed = task is data.replay
-            scored = task is data.task or task == data.task
+            scored = reads_the_same(task, data.task)
             watched = config.retention if scored else None
             kind = StreamDataset if task.streaming else ConversationDataset
             return kind(
@@ -87,6 +89,13 @@ class TrainingData:
             try_rows(own, data.check_rows, config.seed)
         refuse_idle_parts(loaded, config, model.config.gate)
         return loaded
+
+
+def reads_the_same(task: Task, other: Task) -> bool:
+    """Whether two tasks train on the same rows, whatever they are scored on."""
+    if hasattr(task, "test") and type(task) is type(other):
+        task = dataclasses.replace(task, test=other.test)
+    return task == other
 
 
 def mixture_of(datasets, weights, seed: int) -> Mixture:

@@ -1,12 +1,15 @@
 """Scoring: the right replies to the right rows, and controls that control."""
 
 import json
+import shutil
 import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
+import mmpeft
 from mmpeft import evaluate as e
 from mmpeft.checkpoint import is_run_folder
 from mmpeft.task import Task, all_tasks, normalize
@@ -164,6 +167,34 @@ def test_prompts_are_encoded_a_few_batches_at_a_time(tiny, images, monkeypatch, 
     assert e.generate_replies(model, processor, prompts, 5, size, None) == alone
     assert len(made) == 12 and max(most) == 3 * size
     assert len(met) == 3  # rows of a picture follow each other
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_reply_ends_where_training_teaches_it_to(llm_dir, make_bridge, tmp_path, sharing):
+    """Base LLMs with a chat template end a text otherwise than the template ends a turn."""
+    llm = shutil.copytree(llm_dir, tmp_path / "llm")
+    for name, key, end in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("config.json", "eos_token_id", 0), ("generation_config.json", "eos_token_id", 0),
+    ):  # fmt: skip
+        written = json.loads((llm / name).read_text()) | {key: end}
+        (llm / name).write_text(json.dumps(written))
+    model, processor = make_bridge("none", language_model=str(llm))
+    row, _ = processor.encode_chat([user("hi"), assistant("yes")])
+    taught = [token for token in row["labels"] if token != -100]
+    assert model.generation_config.eos_token_id == [0, 2] and 2 in taught
+    assert model.language_model.generation_config.eos_token_id == 0
+    said = iter([*taught[: taught.index(2) + 1], *processor.tokenizer("x" * 20).input_ids])
+
+    def speak(module, args, logits):
+        return torch.zeros_like(logits).index_fill_(-1, torch.tensor([next(said)]), 9.0)
+
+    model.get_output_embeddings().register_forward_hook(speak)
+    replies = e.generate_replies(model, processor, [[user("hi")]], 8, 1, None, sharing)
+    assert replies == ["yes"]
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert mmpeft.load(tmp_path / "saved")[0].generation_config.eos_token_id == [0, 2]
 
 
 def test_sharing_can_be_switched_off(seen, images):

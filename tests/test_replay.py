@@ -80,6 +80,19 @@ def test_an_answer_stands_where_it_will_be_learned(tokenizer):
     assert not replay._is_read_as_written(own, "why?", begun, "<think>\nOkay</think>Because.")
 
 
+@pytest.mark.parametrize(
+    "name", ["llama2", "mistral", "mistral_v0_2", "vicuna", "plain", "mplug_owl", "chatml", "gemma"]
+)
+def test_a_space_before_what_is_said_is_the_templates(tokenizer, name):
+    from mmpeft.chat_template import load_template
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = load_template(name)
+    asked = replay._render(own, "why?", **replay.UNTHINKING)
+    assert replay._is_read_as_written(own, "why?", asked, "Because.")
+    assert not replay._is_read_as_written(own, "why?", asked + "Well, ", "Because.")
+
+
 def test_what_would_be_learned_elsewhere_is_thrown_away(llm_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(replay, "_is_read_as_written", lambda _, question, *__: len(question) % 2)
     report = write_replay(llm_dir, tmp_path / "replay.jsonl", **LIMITS)

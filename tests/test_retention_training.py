@@ -105,6 +105,49 @@ def test_training_stops_when_a_loss_is_certain(recipe, monkeypatch, capsys, uppe
     assert not (run / "best").exists()  # 4 points are more than max_drop
 
 
+def test_a_run_that_stopped_has_ended_for_resume_too(recipe, monkeypatch):
+    from mmpeft.retention.callback import RetentionCallback
+
+    stop = [*WATCH, "--retention.every_steps", "2", "--retention.stop", "true", "--align", "null"]
+    stop += ["--model.gate", "none"]
+    monkeypatch.setattr(RetentionCallback, "certain", lambda self, point: point["step"] == 4)
+    whole = train(recipe, [*stop, "--output_dir", str(recipe.parent / "whole")])
+    save = mmpeft.BridgeForConditionalGeneration.save_pretrained
+
+    def killed(model, folder, **options):
+        if "checkpoint-" in str(folder) or "best" in str(folder):
+            return save(model, folder, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmpeft.BridgeForConditionalGeneration, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, stop)
+    run = train(recipe, stop, resume=True)
+    one, other = (load_file(r / "checkpoint/connector.safetensors") for r in (whole, run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_would_never_be_measured_is_refused(recipe):
+    with pytest.raises(ValueError, match="every_steps is 9, but stage instruct has 8 steps"):
+        train(recipe, [*WATCH, "--retention.every_steps", "9"])
+    assert not (recipe.parent / "run").exists()
+
+
+def test_rows_held_out_are_learned_in_no_stage(recipe, make_bridge):
+    """However the task of stage align is spelt."""
+    from mmpeft.tasks.messages import Messages
+    from mmpeft.training_data import TrainingData, reads_the_same
+
+    model, processor = make_bridge("none")
+    parsed, _ = config.load(recipe, [*WATCH, "--model.gate", "none"])
+    parsed.data.align = Messages(train=parsed.data.task.train)
+    data = TrainingData.load(model, processor, parsed)
+    assert data.vision.held_out and data.align.held_out == data.vision.held_out
+    assert not reads_the_same(Messages(train="a"), Messages(train="b"))
+    assert not reads_the_same(Messages(train="a", prompt="x"), Messages(train="a"))
+
+
 def test_watching_changes_no_step_of_training(recipe):
     held_out = [*WATCH[:2], "--retention.samples", "2", "--retention.vision_samples", "3"]
     seldom = train(recipe, [*held_out, "--retention.every_steps", "100"])

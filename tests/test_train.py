@@ -9,9 +9,12 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 import mmpeft
+from mmpeft import adapters
 from mmpeft.train import train
 
 from .conftest import assistant, user
@@ -233,3 +236,34 @@ def test_samples_longer_than_a_table_of_positions_are_refused():
         check_context(llm, None)
         with pytest.raises(ValueError, match="max_length is 17, .* has learned 16 positions"):
             check_context(llm, 17)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_that_train_alone_move_in_any_type(recipe, capsys, dtype):
+    adapter = ["--model.adapter", "LNTuningConfig", "--model.gate", "none", "--align", "null"]
+    rate = ["--instruct.adapter_learning_rate", "2e-4", "--model.dtype", dtype]
+    model, _ = mmpeft.load(train(recipe, [*adapter, *rate]))
+    moved = 0
+    for layer in model.language_model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            (name,) = layer.adapter_layer_names
+            (own,) = list(getattr(layer, name).parameters())
+            moved += not torch.equal(own.float(), layer.base_layer.weight.float())
+    assert moved == 5  # two norms a layer, and the last
+    said = "taken as FullTuningConfig" in capsys.readouterr().err
+    assert said == (dtype == "bfloat16")
+
+
+def test_schedules_start_from_rates_of_the_stage(recipe):
+    """Polynomial decay divides by the optimizer's own, which Adafactor has none of."""
+    words = ["--instruct.lr_scheduler_type", "polynomial", "--instruct.optim", "adafactor"]
+    train(recipe, [*words, "--align", "null"])
+
+
+def test_a_frozen_adapter_drops_out_nothing(make_bridge):
+    model, _ = make_bridge("none", adapter=LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    for connector, adapter in ((True, False), (True, True)):
+        adapters.set_trainable(model, connector=connector, adapter=adapter)
+        model.train()
+        dropouts = [m for m in model.language_model.modules() if isinstance(m, torch.nn.Dropout)]
+        assert dropouts and all(m.training == adapter for m in dropouts)

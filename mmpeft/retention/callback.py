@@ -65,6 +65,11 @@ class RetentionCallback(TrainerCallback):
                 )
                 control.should_training_stop = True
 
+    def has_stopped(self, step: int) -> bool:
+        """Whether it ended the stage at ``step`` or before."""
+        ended = (one["step"] <= step and self.certain(one) for one in self.points)
+        return self.config.stop and any(ended)
+
     def measure(self, step: int) -> dict:
         """One point of the front; keeps the checkpoint if it is the best so far."""
         with evaluation(self.model):

@@ -98,4 +98,5 @@ class CAbstractorConnector(Connector):
     def _positions(self, grid):
         if self.position_embeddings.shape[2:] == tuple(grid):
             return self.position_embeddings
-        return F.interpolate(self.position_embeddings, grid, mode="bicubic", antialias=True)
+        own = self.position_embeddings.float()  # in 16 bits torch has no such interpolation
+        return F.interpolate(own, grid, mode="bicubic", antialias=True).to(self.position_embeddings)

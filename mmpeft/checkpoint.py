@@ -132,10 +132,18 @@ def load_model(
     durable.verify(Path(directory))
     config = cls.config_class.from_pretrained(directory)
     parts = saved_parts(config, directory)
-    dtype = None if dtype == "auto" else dtype  # as it was trained with
+    # auto: as it was trained with
+    dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    half = {dtype, parts["language_model"]["dtype"]} if dtype else set()
+    if "float16" in half and len(half) > 1:
+        raise ValueError(
+            f"{directory}: trained on a language model in {parts['language_model']['dtype']}; "
+            "whether weights are the same cannot be told between float16 and others. Leave out "
+            f"dtype {dtype}."
+        )
     adapter_and_gate = choose_adapter(parts, adapter, gate, directory)
     if dtype is not None:
-        parts["language_model"]["dtype"] = str(dtype).removeprefix("torch.")
+        parts["language_model"]["dtype"] = dtype
     model = assemble(cls, **parts | adapter_and_gate, new=False, new_adapter=adapter is not None)
     model.config.processor = config.processor
     for part, trained_on in config.identities.items():

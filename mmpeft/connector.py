@@ -107,7 +107,13 @@ class Connector(nn.Module):
             std = flat.std(0)
             self.feature_std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
         self.output_scale.fill_(1.0)
-        self.output_scale.fill_(embedding_std / self.forward(features, grid).std().item())
+        std = self.forward(features, grid).std().item()
+        if std == 0:
+            raise ValueError(
+                "the pictures that the connector is calibrated with all look the same to the "
+                "vision encoder; give it others."
+            )
+        self.output_scale.fill_(embedding_std / std)
         if self.newline is not None:
             self.newline.normal_(std=embedding_std)
 

@@ -11,6 +11,7 @@ not: no loss depends on what the cache happened to hold.
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import uuid
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
 from mmpeft.feature_store import FeatureStore, bytes_in, remove_abandoned, write_shard
 
@@ -236,12 +237,26 @@ def describe(model, image_processor, dtype: torch.dtype, autocast: torch.dtype |
         "made with": {name: version(name) for name in LIBRARIES},
         "weights": model.config.identities["vision_encoder"]["sha256"],
         "vision_encoder": model.config.vision_encoder,
+        "architecture": architecture(model.vision_encoder),
         "pixels": {name: value for name, value in pixels.items() if value is not None},
         "resolution": model.layout.config.mode,
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
     }
     return json.loads(json.dumps(description, sort_keys=True, default=str))
+
+
+def architecture(encoder) -> str:
+    """A hash of what a model is made of besides weights: layers and, of transformers, configs."""
+    configs = [
+        part.config.to_dict() for part in encoder.modules()
+        if isinstance(getattr(part, "config", None), PreTrainedConfig)
+    ]  # fmt: skip
+    for config in configs:
+        config.pop("_name_or_path", None)
+    text = repr(encoder) + json.dumps(configs, sort_keys=True, default=str)
+    text = re.sub(" at 0x[0-9a-f]+", "", text)  # where functions are this time
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_name(description: dict) -> str:

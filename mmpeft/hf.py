@@ -6,6 +6,7 @@ adapter, trains, saves and loads as every other bridge.
 """
 
 import torch
+from PIL import Image
 
 from mmpeft import checkpoint, vlm
 from mmpeft.weights import first_line
@@ -39,7 +40,13 @@ def import_bridge(cls, name: str, *, dtype="float32", adapter=None, gate="none",
     from mmpeft.starter import resolve
 
     directory = resolve(name)
+    name = checkpoint.absolute(name)
     config = vlm.load_config(directory, revision)
+    if config.vision_config.model_type == "pixtral":
+        raise ValueError(
+            f"{name} has a Pixtral encoder, whose rows of patches have marks between them; it "
+            "cannot be imported."
+        )
     tensors = vlm.read_connector(directory, config, revision=revision)
     if config.model_type == "llava":
         connector, state = _mlp(name, config, tensors)
@@ -141,6 +148,17 @@ def _require_class_token(name, model, config) -> None:
 # ----------------------------------------------------------------------------------- processor
 
 
+def _require_one_size(name: str, image_processor, size) -> None:
+    """Refuse a processor that leaves oblong pictures oblong."""
+    blank = Image.new("RGB", (90, 50))
+    found = tuple(image_processor(blank, return_tensors="pt")["pixel_values"].shape[-2:])
+    if found != (wanted := tuple(size)):
+        raise ValueError(
+            f"{name}: its processor makes {found[0]} x {found[1]} pixels of a picture of 90 x 50, "
+            f"and the encoder takes {wanted[0]} x {wanted[1]}; it cannot be imported."
+        )
+
+
 def processor_of(cls, model, max_length: int | None = None, chat_template: str | None = None):
     """The ``BridgeProcessor`` (``cls``) of an imported bridge, from the checkpoint's own.
 
@@ -167,6 +185,7 @@ def processor_of(cls, model, max_length: int | None = None, chat_template: str |
         raise ValueError(
             f"{source['name']}: its processor cannot be loaded: {first_line(error)}"
         ) from error
+    _require_one_size(source["name"], upstream.image_processor, model.layout.resolutions[0][:2])
     images_first = hasattr(upstream, "num_query_tokens")  # BLIP-2 and InstructBLIP
     image_mark = None
     if chat_template is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 FORMATS = (
     "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP",
 )  # fmt: skip
@@ -243,6 +244,11 @@ def _to_rgb(image: Image.Image, what: str, own: bool = False) -> Image.Image:
         )
     with _decoding(what):
         image.load()  # all of it, while it still says what format it was
+        if image.mode == "La":  # premultiplied
+            image = image.convert("LA")
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(BITS, 16)
+        bits = bits if isinstance(bits, int) else bits[0]
         sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         _settle_exif(image)
         if own:
@@ -257,7 +263,7 @@ def _to_rgb(image: Image.Image, what: str, own: bool = False) -> Image.Image:
         )
     with _decoding(what):
         if sixteen_bits:
-            image = _from_16_bits(image)
+            image = _from_16_bits(image, bits, tags.get(PHOTOMETRIC) == 0)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -267,9 +273,13 @@ def _to_rgb(image: Image.Image, what: str, own: bool = False) -> Image.Image:
     return image
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey in 8 bits, white where it is transparent; ``convert`` would clip 16 bits to white."""
+def _from_16_bits(image: Image.Image, bits: int = 16, inverted: bool = False) -> Image.Image:
+    """Grey in 8 bits, white where it is transparent; ``convert`` would clip 16 bits to white.
+
+    Pillow leaves TIFF's samples of 12 bits as they are, and 0 for white.
+    """
     values = np.asarray(image)
-    grey = (values >> 8).astype(np.uint8)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    grey = 255 - grey if inverted else grey
     grey[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(grey)

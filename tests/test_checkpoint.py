@@ -211,3 +211,14 @@ def test_local_parts_are_found_from_another_folder(
     TimmEncoderConfig("vit", image_size=64).build()
     with pytest.raises(ValueError, match="cannot be loaded by timm"):
         TimmEncoderConfig(str(llm_dir), image_size=64).build()
+
+
+def test_float16_is_not_taken_for_other_weights(saved, make_bridge, tmp_path):
+    with pytest.raises(ValueError, match="in float32; whether .* between float16"):
+        mmpeft.load(saved, dtype="float16")
+    half, processor = make_bridge("none", dtype="float16")
+    for part in (half, processor):
+        part.save_pretrained(tmp_path / "half")
+    assert mmpeft.load(tmp_path / "half", dtype=torch.float16)[0].language_model.dtype.itemsize == 2
+    with pytest.raises(ValueError, match="trained on a language model in float16"):
+        mmpeft.load(tmp_path / "half", dtype="float32")

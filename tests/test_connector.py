@@ -191,6 +191,19 @@ def test_a_constant_channel_is_not_blown_up():
     assert connector(constant + 1e-4, GRID).abs().max() < 10
 
 
+def test_pictures_that_all_look_alike_calibrate_nothing():
+    connector = PixelShuffleConnectorConfig().build(16, 20)
+    with pytest.raises(ValueError, match="all look the same to the vision encoder"):
+        connector.calibrate(torch.ones(3, 16, 16), (4, 4), 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_c_abstractor_takes_other_grids_in_16_bits(dtype):
+    config = CAbstractorConnectorConfig(side=2, depth=1, hidden_size=16, position_grid=4)
+    connector = config.build(16, 20).to(dtype)
+    assert torch.isfinite(connector(torch.randn(1, 24, 16, dtype=dtype), (4, 6))).all()
+
+
 def test_standardising_can_be_switched_off():
     connector = build(LinearConnectorConfig(standardize=False))
     connector.calibrate(features() * 9 + 1, GRID, 0.1)

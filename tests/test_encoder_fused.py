@@ -119,6 +119,10 @@ def test_frozen_one_identity_and_built_on_meta():
             [member("test_vit"), member("test_vit2", image_size=96)], {},
             r"grids \[\(4, 4\), \(6, 6\)\] do not nest.*set image_size.*or use join: tokens",
         ),
+        (
+            [member("test_vit"), member("test_vit2", fit="pad")], {},
+            "test_vit2 has fit: pad, and the whole stretch; one picture is made for all",
+        ),
         ([member("test_vit"), member("test_vit2")], {"image_size": 64}, "set on each of the enc"),
     ],
 )  # fmt: skip

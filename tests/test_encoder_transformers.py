@@ -264,13 +264,44 @@ def test_missing_weights(save, tmp_path):
         ),
         (
             lambda: t.ViTMAEModel(t.ViTMAEConfig(**VIT)),
-            "ViTMAEModel gave 5 tokens, not 1 and a 4 x 4 grid",
+            "is a ViTMAEModel, which shuffles its patches anew at each call",
         ),
     ],
 )
 def test_what_cannot_be_served(save, model, message):
     with pytest.raises(ValueError, match=message):
         TransformersEncoderConfig(save(model())).build()
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (lambda: t.SamVisionModel(t.SamVisionConfig(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+            patch_size=16, output_channels=24, global_attn_indexes=[1], window_size=2,
+        )), [-2]),
+    ],
+)  # fmt: skip
+def test_states_whose_channels_come_last_are_no_maps(save, model, layers):
+    with pytest.raises(ValueError, match="these are no rows and columns|cannot encode"):
+        TransformersEncoderConfig(save(model()), layers=layers).build()
+
+
+@pytest.mark.parametrize(
+    "step", [{"do_flip_channel_order": True}, {"include_top": True}, {"rescale_factor": 1 / 127.5}]
+)
+def test_pixels_prepared_otherwise_are_refused(save, tmp_path, step):
+    cls, config, _ = TOWERS["clip"]
+    folder = save(cls(config))
+    written = tmp_path / "preprocessor_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | step))
+    kinds = {"do_flip_channel_order": "MobileViTImageProcessor",
+             "include_top": "EfficientNetImageProcessor"}  # fmt: skip
+    for key, kind in kinds.items():
+        if key in step:
+            getattr(t, kind)(size={"height": 64, "width": 64}).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"wants its pixels prepared with {next(iter(step))}"):
+        TransformersEncoderConfig(folder).build()
 
 
 def test_no_such_model():

@@ -648,6 +648,41 @@ def test_a_variant_that_cannot_be_imported(options, message, tmp_path):
         BridgeForConditionalGeneration.from_hf(str(tmp_path))
 
 
+def test_encoders_and_processors_of_another_kind_are_refused(tmp_path):
+    from transformers import (
+        CLIPImageProcessor,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        PixtralVisionConfig,
+    )
+
+    vision = PixtralVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                                 num_attention_heads=2, image_size=64, patch_size=16)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=llama(100), image_token_index=3)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "pixtral")
+    with pytest.raises(ValueError, match="Pixtral encoder, .* cannot be imported"):
+        BridgeForConditionalGeneration.from_hf(str(tmp_path / "pixtral"))
+    tiny_llava(tmp_path / "uncropped")
+    whole = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, do_center_crop=False)
+    whole.save_pretrained(tmp_path / "whole")
+    own = tmp_path / "uncropped/processor_config.json"
+    changed = json.loads((tmp_path / "whole/preprocessor_config.json").read_text())
+    written = json.loads(own.read_text())
+    own.write_text(json.dumps(written | {"image_processor": changed}))
+    model = BridgeForConditionalGeneration.from_hf(str(tmp_path / "uncropped"))
+    with pytest.raises(ValueError, match="makes 56 x 100 pixels of a picture of 90 x 50"):
+        BridgeProcessor.from_model(model)
+
+
+def test_an_import_is_found_from_another_folder(tmp_path, monkeypatch):
+    tiny_llava(tmp_path / "llava")
+    monkeypatch.chdir(tmp_path)
+    BridgeForConditionalGeneration.from_hf("./llava").save_pretrained("saved")
+    monkeypatch.chdir("/")
+    model = BridgeForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    BridgeProcessor.from_model(model)
+
+
 def test_other_kinds_of_checkpoints(folder, llm_dir, tmp_path):
     from transformers import Blip2Config, LlavaNextConfig, T5Config
 

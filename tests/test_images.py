@@ -157,3 +157,31 @@ def test_the_size_without_the_pixels_is_that_of_the_upright_image(orientation):
     Image.new("RGB", (4, 2)).save(buffer, "JPEG", exif=exif)
     width, height = load_image(buffer.getvalue()).size
     assert image_size(buffer.getvalue()) == (height, width)
+
+
+def tiff(bits, photometric, data):
+    """A grey picture of 4 x 2, uncompressed."""
+    entries = [(256, 4), (257, 2), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1),
+               (278, 2), (279, len(data))]  # fmt: skip
+    start = 8 + 2 + 12 * len(entries) + 4
+    found = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    for tag, value in entries:
+        found += struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value)
+    return found + struct.pack("<I", 0) + data
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "expected"),
+    [
+        (12, 1, b"\xff" * 12, 255), (12, 1, b"\x80\x08\x00" * 4, 128), (16, 1, b"\xff" * 16, 255),
+        (16, 0, b"\0" * 16, 255), (16, 0, b"\xff" * 16, 0), (8, 0, b"\0" * 8, 255),
+    ],
+)  # fmt: skip
+def test_white_of_a_tiff_is_white(bits, photometric, data, expected):
+    found = load_image(tiff(bits, photometric, data))
+    assert set(found.tobytes()) == {expected} or found.getpixel((0, 0)) == (expected,) * 3
+
+
+def test_premultiplied_grey_is_read():
+    grey = Image.new("LA", (6, 4), (100, 255))
+    assert load_image(grey.convert("La")).getpixel((0, 0)) == (100, 100, 100)

@@ -154,6 +154,12 @@ class VisionEncoder(nn.Module):
         self.hidden_size = features.shape[-1]
         if self.stride is None:
             self.stride = self._measured_stride(height, width, patches)
+        if abs(patches[0] * width - patches[1] * height) > max(height, width):
+            raise ValueError(
+                f"{self.config.name} gives {patches[0]} x {patches[1]} positions for {height} x "
+                f"{width} pixels with layers {self.config.layers}: these are no rows and columns; "
+                "leave out layers, or choose another encoder."
+            )
         if patches[0] * self.stride[0] < height or patches[1] * self.stride[1] < width:
             raise ValueError(self._refusal(height, width))  # it would cut off the last pixels
         self.any_size = not self.one_size and self._takes_another_size()

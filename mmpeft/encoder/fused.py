@@ -39,6 +39,11 @@ class FusedEncoderConfig(VisionEncoderConfig):
         if self.name is None:
             self.name = " + ".join(member.name for member in self.encoders)
         for member in self.encoders:
+            if member.fit != self.fit:
+                raise ValueError(
+                    f"{member.name} has fit: {member.fit}, and the whole {self.fit}; one picture "
+                    "is made for all encoders, so set it on the whole and on each."
+                )
             if self.join == "channels" and member.tokens != "patch":
                 raise ValueError(
                     f"{member.name} has tokens: {member.tokens}, which stand at no position of a "

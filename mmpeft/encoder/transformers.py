@@ -49,6 +49,7 @@ class TransformersEncoder(VisionEncoder):
                 f"{config.name} cannot be loaded by transformers: {one_line(error)}"
             ) from error
         self._refuse_what_takes_no_image()
+        self._refuse_other_steps(processor)
         size = _processor_size(processor) or _pair(getattr(self.model.config, "image_size", 224))
         normalize = getattr(processor, "do_normalize", True)
         self.preprocessing = {
@@ -83,6 +84,25 @@ class TransformersEncoder(VisionEncoder):
             raise ValueError(
                 f"{self.config.name} is a {kind}, which takes flattened patches of any number "
                 f"({needs.pop()}) instead of an image; choose a variant of fixed resolution."
+            )
+        if self.model.config.model_type == "vit_mae":
+            raise ValueError(
+                f"{self.config.name} is a {kind}, which shuffles its patches anew at each call; "
+                "load its weights as a ViT (TimmEncoderConfig, vit_base_patch16_224.mae)."
+            )
+
+    def _refuse_other_steps(self, processor):
+        """Refuse what a bridge does not do to pixels, which the model would miss."""
+        steps = {
+            "do_flip_channel_order": getattr(processor, "do_flip_channel_order", None),
+            "include_top": getattr(processor, "include_top", None),
+            "rescale_offset": getattr(processor, "rescale_offset", None),
+            "rescale_factor": getattr(processor, "rescale_factor", 1 / 255) not in (None, 1 / 255),
+        }
+        if wanted := [step for step, is_on in steps.items() if is_on]:
+            raise ValueError(
+                f"{self.config.name} wants its pixels prepared with {', '.join(wanted)}, which is "
+                "not done here; choose another encoder."
             )
 
     def _run(self, pixel_values, hidden_states: bool):

@@ -469,7 +469,7 @@ class BridgeTrainer(Trainer):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # schedules divide by the first, where an optimizer's own default may be none
         options["lr"] = max(self.args.connector_learning_rate, self.args.adapter_learning_rate)
-        self.optimizer = optimizer_class([options | group for group in groups], lr=options["lr"])
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def _save_checkpoint(self, model, trial):

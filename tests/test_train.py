@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import mmpeft
 from mmpeft import adapters
@@ -258,6 +259,20 @@ def test_schedules_start_from_rates_of_the_stage(recipe):
     """Polynomial decay divides by the optimizer's own, which Adafactor has none of."""
     words = ["--instruct.lr_scheduler_type", "polynomial", "--instruct.optim", "adafactor"]
     train(recipe, [*words, "--align", "null"])
+
+
+def test_a_schedule_ends_at_its_share_of_each_rate(recipe):
+    ends = {}
+
+    class Ends(TrainerCallback):
+        def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+            ends.update({group["initial_lr"]: group["lr"] for group in optimizer.param_groups})
+
+    train(recipe, [
+        "--align", "null", "--instruct.lr_scheduler_type", "cosine_with_min_lr",
+        "--instruct.lr_scheduler_kwargs", '{"min_lr_rate": 0.8}', "--model.gate", "none",
+    ], callbacks=[Ends()])  # fmt: skip
+    assert ends == {1e-4: pytest.approx(8e-5), 1e-2: pytest.approx(8e-3)}
 
 
 def test_a_frozen_adapter_drops_out_nothing(make_bridge):

@@ -108,16 +108,16 @@ def source(name: str, revision: str | None = None) -> dict:
     from mmpeft.starter import resolve
 
     path = resolve(name)
-    if Path(path).is_absolute() and not Path(path).exists():
-        raise ValueError(
-            f"language_model {name!r} does not exist; put the folder back, or a link to it."
-        )
     where = {"pretrained_model_name_or_path": path, "revision": revision}
     if path.lower().endswith(".gguf"):
         folder, _, file = path.rpartition("/")
         if not Path(path).is_file() and folder.count("/") != 1:
             raise ValueError(f"language_model {name!r}: there is no such GGUF file.")
         where |= {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    elif Path(path).is_absolute() and not Path(path).exists():
+        raise ValueError(
+            f"language_model {name!r} does not exist; put the folder back, or a link to it."
+        )
     elif Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         found = sorted(file.name for file in Path(path).glob("*.gguf"))
         if len(found) != 1:

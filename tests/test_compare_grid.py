@@ -130,7 +130,7 @@ def test_a_key_is_put_where_it_belongs():
         ({"axes": {"rank": {1: {"model.adapter.init_args.r": 1}, 2: None},
                    "how": {"lora": {"model.adapter": {"class_path": "LoraConfig"}}}},
           "exclude": []}, "2,lora is the recipe of 1,lora, too"),
-        ({"overrides": {"instruct.data_seed": 2}}, "data_seed .* change nothing; set seed"),
+        ({"overrides": {"instruct.data_seed": 2}}, "data_seed of a stage is 2; leave it out"),
         ({"overrides": {"instruct.max_grad_norm": math.inf}}, "write a number"),
         ({"evaluate.samples": 3}, "evaluate.samples is there twice, under evaluate too"),
     ],

@@ -25,6 +25,7 @@ ON_PICTURES = {  # with the adapter's learning rate
     "connector_only": ("connector alone", ""),
     "full": ("full", "1e-4"),
     "lora_attention": ("LoRA, attention, r 16", "1e-3"),
+    "lora_attention_3e-3": ("LoRA, attention, r 16", "3e-3"),
     "dylora": ("DyLoRA, attention, r 16", "1e-3"),
     "ia3": ("(IA)³", "5e-3"),
     "ia3_2e-2": ("(IA)³", "2e-2"),

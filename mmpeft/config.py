@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from peft import PeftConfig
 from torchvision.transforms.v2 import Transform
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Transform
 import mmpeft.connectors
 import mmpeft.tasks
 import mmpeft.tuners  # noqa: F401 (importing them makes their classes known by short name)
-from mmpeft.config_errors import Known, explain
+from mmpeft.config_errors import Known, explain, no_mapping, unknown_key
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.layout import ResolutionConfig
@@ -397,8 +397,9 @@ def load(path, overrides: list[str] = ()) -> tuple[RunConfig, str]:
         ValueError: an unknown key or part, or a value of the wrong type; one line, with the
             nearest valid name.
     """
-    words = ["--config", str(path), *_replacing(overrides, read_yaml(path, "recipe"))]
-    return _parsed(RunConfig, path, _SECTIONS, lambda run_parser: run_parser.parse_args(words))
+    recipe = read_yaml(path, "recipe")
+    words = ["--config", str(path), *_replacing(overrides, recipe)]
+    return _parsed(RunConfig, recipe, path, _SECTIONS, lambda own: own.parse_args(words))
 
 
 def _replacing(overrides: list[str], recipe: dict) -> list[str]:
@@ -443,12 +444,12 @@ def from_mapping(cls: type, mapping: dict, where, sections: dict | None = None):
         ValueError: as :func:`load`.
     """
     sections = _SECTIONS if sections is None else sections
-    return _parsed(cls, where, sections, lambda own: own.parse_object(mapping))[0]
+    return _parsed(cls, mapping, where, sections, lambda own: own.parse_object(mapping))[0]
 
 
-def _parsed(cls: type, where, sections: dict, parse) -> tuple:
+def _parsed(cls: type, mapping: dict, where, sections: dict, parse) -> tuple:
     """An instance and its resolved form."""
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, Namespace
 
     run_parser = parser(cls)
     try:
@@ -456,6 +457,12 @@ def _parsed(cls: type, where, sections: dict, parse) -> tuple:
             # the resolved recipe spells out every default, of which peft then warns
             warnings.filterwarnings("ignore", message=".*loftq_config")
             namespace = parse(run_parser)
+            # of these mistakes jsonargparse says nothing, or nothing that helps
+            for key in _unknown(mapping, namespace):
+                raise ValueError(f"{where}: {unknown_key(key, _known(sections))}")
+            for key in _sections_of(cls):
+                if not isinstance(value := namespace.get(key), Namespace):
+                    raise ValueError(f"{where}: {no_mapping(key, value)}")
             resolved = run_parser.dump(namespace)
             parts = vars(run_parser.instantiate(namespace))
             parts.pop("config", None)
@@ -468,17 +475,34 @@ def _parsed(cls: type, where, sections: dict, parse) -> tuple:
         raise ValueError(f"{where}: {explain(str(error), _known(sections))}") from None
 
 
+def _unknown(mapping: dict, namespace, prefix: str = ""):
+    """The dotted keys of a mapping that hold nothing and are not in what it was parsed into."""
+    for key, value in mapping.items():
+        if value == {} and key not in namespace:
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict) and not isinstance(below := namespace.get(key), dict):
+            yield from _unknown(value, below, f"{prefix}{key}.")
+
+
+def _sections_of(cls: type, prefix: str = ""):
+    """The dotted keys of a configuration that are sections, and none of them null."""
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield f"{prefix}{name}"
+            yield from _sections_of(kind, f"{prefix}{name}.")
+
+
 def _known(sections: dict) -> Known:
     return Known(
-        keys={name: where for where, cls in sections.items() for name in _keys(cls)},
+        sections={prefix: _keys(cls) for prefix, cls in sections.items()},
         options={c.__name__: _keys(c) for c in _all_parts() if dataclasses.is_dataclass(c)},
         classes={name: [c.__name__ for c in _subclasses(base)] for name, base in _BASES.items()},
     )
 
 
 _SECTIONS = {
-    "instruct.": StageConfig, "retention.": RetentionConfig, "data.mixture.": SourceConfig,
-    "data.": DataConfig,
+    "align.": StageConfig, "instruct.": StageConfig, "retention.": RetentionConfig,
+    "data.mixture.": SourceConfig, "data.": DataConfig,
     "speed.": SpeedConfig, "rank_search.": RankSearchConfig,
     "model.resolution.": ResolutionConfig, "model.": ModelConfig, "": RunConfig,
 }  # fmt: skip

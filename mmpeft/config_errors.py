@@ -10,25 +10,31 @@ class Known(NamedTuple):
     """The names that a configuration knows.
 
     Attributes:
-        keys: by each key of its own sections, the prefix of the section, as ``"data."``.
+        sections: by the prefix of each section, as ``"data."``, its keys.
         options: by each class of a part, the options that it takes.
         classes: by each field that names a class, the classes it may name.
     """
 
-    keys: Mapping[str, str]
+    sections: Mapping[str, Collection[str]]
     options: Mapping[str, Collection[str]]
     classes: Mapping[str, list[str]]
 
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """By each key of a section, the prefix of the last that has it."""
+        return {key: prefix for prefix, keys in self.sections.items() for key in keys}
+
 
 UNKNOWN_KEY = re.compile(
-    r"Option '([\w.]+)' is not accepted"
-    r"|does not accept option '([\w.]+)'"
-    r"|nrecognized arguments: --([\w.]+)"
+    r"(?:Parser key \"(?P<part>\w+)\": Does not .*?)?Option '(?P<option>[\w.]+)' is not accepted"
+    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"
+    r"|nrecognized arguments: --(?P<argument>[\w.]+)"
 )
 UNKNOWN_OPTION = re.compile(r"class_path '(?:\w+\.)*(\w+)': Option '(\w+)' is not accepted")
 UNKNOWN_CLASS = re.compile(
     r'key "(?:\w+\.)*(\w+)":\s.*?Expected a dot import path string: (\w+)', re.DOTALL
 )
+NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\": Unable to load config '([^']*)'")
 KEY = re.compile(r'Parser key "([^"]+)":')
 EXPECTED = re.compile(r"Expected an? (.+?)(?=\. Got value| - |; | Given value|$)")
 VALUE = re.compile(r"G(?:ot|iven) value: (.*?)(?= - Expected| Given value|$)")
@@ -46,25 +52,36 @@ def explain(message: str, known: Known) -> str:
         hint = did_you_mean(found[2], known.options[found[1]])
         return f"unknown key {found[2]!r} of {found[1]}.{hint}"
     if found := UNKNOWN_KEY.search(message):
-        return _unknown_key(next(filter(None, found.groups())), known)
+        return unknown_key(".".join(filter(None, found.groups())), known)
     if found := UNKNOWN_CLASS.search(message):
         if (names := known.classes.get(found[1])) is None:
             return f"{found[1]} is {found[2]!r}; write its keys below it, or null."
         return f"{found[1]}: unknown class {found[2]!r}.{did_you_mean(found[2], names)}"
+    if found := NO_MAPPING.search(message):
+        return no_mapping(found[1], found[2])
     return _bad_value(message) or message
 
 
-def _unknown_key(key: str, known: Known) -> str:
+def no_mapping(key: str, value) -> str:
+    """Of a section that holds something else than keys."""
+    value = "empty" if value is None else repr(value)
+    return f"{key} is {value}; write its keys below it, or leave {key} out."
+
+
+def unknown_key(key: str, known: Known) -> str:
+    """A dotted key that no section has, with the nearest that one has."""
     of_parts = set().union(*known.options.values())
-    every = known.keys.keys() | of_parts
+    every = known.keys.keys() | of_parts | {"class_path", "init_args"}
     wrong = next((part for part in key.split(".") if part not in every), None)
     if wrong is None:  # every word exists, only not here
         wrong = key.split(".")[-1]
         if wrong in known.keys:
             return f"unknown key {key!r}. Did you mean {known.keys[wrong] + wrong!r}?"
         return f"unknown key {key!r}: {wrong} is an option of a part, write it under its init_args."
-    near_ours = difflib.get_close_matches(wrong, known.keys, n=1, cutoff=0.7)
-    return f"unknown key {wrong!r}.{did_you_mean(wrong, near_ours or every)}"
+    near = difflib.get_close_matches(wrong, known.keys, n=1, cutoff=0.7)
+    near = near or difflib.get_close_matches(wrong, every, n=1, cutoff=0.5)
+    here = known.sections.get(key.removesuffix(wrong))
+    return f"unknown key {wrong!r}.{did_you_mean(wrong, found) if (found := near or here) else ''}"
 
 
 def _bad_value(message: str) -> str | None:

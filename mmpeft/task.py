@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A score of many replies.
+    """A score of many replies; more is better.
 
     Attributes:
         rows: a number for each reply, or several that ``of`` needs.

@@ -143,6 +143,22 @@ def test_a_look_at_a_lock_does_not_cost_a_cell(tmp_path):
             assert lock is not None
 
 
+def test_a_table_is_drawn_by_one_process_at_a_time(write_grid, in_process):
+    grid = write_grid(axes={"rank": {2: AXES["rank"][2]}}, exclude=[])
+    run.compare(grid)
+    out = grid.parent / "out"
+    result = out / "cells/2,seed0/result.json"
+    away = result.rename(out / "away.json")
+    with run.held(out) as drawing:
+
+        def end_a_cell():
+            away.rename(result)
+            fcntl.flock(drawing, fcntl.LOCK_UN)
+
+        threading.Timer(0.2, end_a_cell).start()
+        assert run.redraw(out)["complete"]
+
+
 def test_a_redo_that_was_killed_goes_on(write_grid, in_process, monkeypatch):
     one = {"axes": {"rank": {2: AXES["rank"][2]}}, "exclude": []}
     run.compare(write_grid(**one))

@@ -118,6 +118,10 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, old, new, message
         ("max_steps: 8", "max_steps: many", "instruct.max_steps is 'many'; use a whole number.$"),
         ("max_steps: 8", "lr_scheduler_type: cosin", "cosin is not a valid SchedulerType"),
         ("output_dir", "  - output_dir", "recipe.yaml"),
+        ("{feature_cache: off}", "off", "speed is False; write its keys below it, or leave speed "),
+        ("{feature_cache: off}", "", "speed is empty; write its keys below it, or leave"),
+        ("{feature_cache: off}", "fast", "speed is 'fast'; write its keys below it"),
+        ("gate:", "resolution: [1]\n  gate:", "model.resolution is .1.; write its keys below it"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(tmp_path, old, new, message):
@@ -183,6 +187,29 @@ def test_values_that_train_nothing_are_refused(tmp_path, words, message):
     with pytest.raises(ValueError, match=message) as error:
         config.load(write_recipe(tmp_path), words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("data:", "instrukt: {}\ndata:", "unknown key 'instrukt'. Did you mean 'instruct'?"),
+        ("gate:", "adaptor: {}\n  gate:", "unknown key 'adaptor'. Did you mean 'adapter'?"),
+    ],
+)
+def test_an_unknown_key_is_refused_though_it_holds_nothing(tmp_path, old, new, message):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as error:
+        config.load(path)
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_an_unknown_key_like_no_other_lists_those_of_its_section(tmp_path):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text().replace("feature_cache: off", "x: 1"))
+    with pytest.raises(ValueError, match="unknown key 'x'. Known: compile, .*supervised") as error:
+        config.load(path)
+    assert "lora_alpha" not in str(error.value)
 
 
 def test_misspelt_on_the_command_line(tmp_path):

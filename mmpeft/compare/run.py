@@ -20,6 +20,7 @@ from mmpeft.yaml_file import read_yaml
 
 GRID = "grid.json"
 SHOWN = 3  # changed cells that an error names
+REDRAWN = 30.0  # seconds in which another process has drawn its table
 PATIENCE = 1.0  # seconds in which a process that only looks at a lock has let it go
 
 
@@ -111,7 +112,12 @@ def redraw(folder, grid: dict | None = None) -> dict:
     folder = Path(folder)
     if not (folder / GRID).is_file():
         raise FileNotFoundError(f"{folder} is no folder of mmpeft compare: it has no {GRID}.")
-    grid = grid or json.loads((folder / GRID).read_text())
+    # one process at a time, so what is written last was read last
+    with held(folder, REDRAWN):
+        return _redraw(folder, grid or json.loads((folder / GRID).read_text()))
+
+
+def _redraw(folder: Path, grid: dict) -> dict:
     results, failures, missing, running = [], [], [], []
     for cell in grid["cells"]:
         own = place(folder, cell["name"])

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from mmpeft import adapters, checkpoint, durable, starts, text_kl
 from mmpeft.adapter_steps import AdapterSteps, steps_of
@@ -31,6 +32,7 @@ from mmpeft.nonfinite import KeepRows, NonFinite, report
 from mmpeft.processing import BridgeProcessor
 from mmpeft.sampling import PassSampler
 from mmpeft.speed import can_pack, choose_logits, compile_layers, compiled
+from mmpeft.stage import StageConfig
 from mmpeft.stopping import how_to_go_on, leave_signals_to_trainer, no_worker_left, resumable
 from mmpeft.streaming import StreamDataset, StreamSampler
 from mmpeft.training_data import TrainingData
@@ -85,7 +87,7 @@ def train(recipe, overrides: list[str] = (), resume: bool = False, callbacks=())
         calibrate(model, data.align, cache=cache)
     watch = watch_retention(model, data.vision, config)
     also = [*callbacks, *([watch] if watch else [])]  # in stage instruct
-    check_stages(config, data)
+    check_stages(config, data, model)
     if not resume:  # only now: a mistake found so far leaves no folder behind
         start_run_folder(run, resolved, cache)
     data.bad_rows.keep_in(run)
@@ -163,11 +165,14 @@ def differing(was, now) -> list[str]:
     return [f"{key}.{name}".removesuffix(".") for key, names in below for name in names]
 
 
-def check_stages(config: RunConfig, data: TrainingData) -> None:
-    """Refuse a stage whose samples do not fill a batch, or which ends before it is measured."""
+def check_stages(config: RunConfig, data: TrainingData, model) -> None:
+    """Refuse a stage whose optimizer cannot be, which ends before it is measured, or has no batch."""
     for name, rows in (("align", data.align), ("instruct", data.instruct)):
         stage = getattr(config, name)
-        if stage is None or isinstance(rows, StreamDataset) or not stage.dataloader_drop_last:
+        if stage is None:
+            continue
+        check_optimizer(name, stage, model)
+        if isinstance(rows, StreamDataset) or not stage.dataloader_drop_last:
             continue
         if len(rows) < stage.train_batch_size:
             raise ValueError(
@@ -181,6 +186,20 @@ def check_stages(config: RunConfig, data: TrainingData) -> None:
                 f"retention.every_steps is {every}, but stage instruct has {steps} steps; nothing "
                 "would be measured. Lower it, or set retention to null."
             )
+
+
+def check_optimizer(name: str, stage: StageConfig, model) -> None:
+    """Refuse an optimizer that is not installed, or has no place for two learning rates."""
+    key = f"{name}.optim {OptimizerNames(stage.optim).value}"
+    try:
+        _, options = Trainer.get_optimizer_cls_and_kwargs(stage, model)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    if options.keys() & {"params", "optimizer_dict", "model"}:
+        raise ValueError(
+            f"{key} groups parameters in its own way, which leaves no place for the learning rates "
+            "of connector and adapter; use another."
+        )
 
 
 def start_run_folder(run: Path, resolved: str, cache) -> None:

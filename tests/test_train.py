@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import mmpeft
 from mmpeft import adapters
@@ -259,6 +260,23 @@ def test_schedules_start_from_rates_of_the_stage(recipe):
     """Polynomial decay divides by the optimizer's own, which Adafactor has none of."""
     words = ["--instruct.lr_scheduler_type", "polynomial", "--instruct.optim", "adafactor"]
     train(recipe, [*words, "--align", "null"])
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"side_effect": ImportError("install lomo-optim")}, "instruct.optim lomo: install lomo"),
+        ({"return_value": (None, {"lr": 1, "model": 0})}, "instruct.optim lomo groups parameters"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_before_the_run_has_a_folder(
+    recipe, tmp_path, monkeypatch, found, message
+):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", Mock(**found))
+    words = ["--align", "null", "--instruct.optim", "lomo", "--output_dir", str(tmp_path / "new")]
+    with pytest.raises(ValueError, match=message):
+        train(recipe, words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_schedule_ends_at_its_share_of_each_rate(recipe):

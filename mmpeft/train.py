@@ -166,7 +166,7 @@ def differing(was, now) -> list[str]:
 
 
 def check_stages(config: RunConfig, data: TrainingData, model) -> None:
-    """Refuse a stage whose optimizer cannot be, which ends before it is measured, or has no batch."""
+    """Refuse a stage without optimizer or batch, or that ends before retention is measured."""
     for name, rows in (("align", data.align), ("instruct", data.instruct)):
         stage = getattr(config, name)
         if stage is None:

@@ -19,7 +19,7 @@ from mmpeft.formats.errors import RowError
 
 KEY = "bad_rows"  # of a sample or batch: what a worker passed over on the way to it
 FILE = "bad_rows.jsonl"
-_PLACE = re.compile(r"(.*) (line|row) (\d+)", re.DOTALL)
+_PLACE = re.compile(r"(.*) (\w+) (\d+)(?:, (.*))?", re.DOTALL)
 _FIELD = re.compile(r"((?:messages|images?|video|clip)[\w\[\]., ]{,40}): (.*)", re.DOTALL)
 
 
@@ -124,10 +124,13 @@ class BadRows:
             )
 
 
-def place(name: str) -> tuple[str, str, int] | None:
-    """``("FILE", "line", 3)`` of the row's name ``"FILE line 3"``; ``None`` of other names."""
+def place(name: str) -> tuple[str, str, int, str] | None:
+    """``("FILE", "line", 3, "ENTRY ")`` of the row's name ``"FILE line 3, ENTRY"``.
+
+    The entry is empty where the name has none; ``None`` of other names.
+    """
     found = _PLACE.fullmatch(name)
-    return found and (found[1], found[2], int(found[3]))
+    return found and (found[1], found[2], int(found[3]), f"{found[4]} " if found[4] else "")
 
 
 def described(error: Exception, name: str = "", opening: str | None = None) -> dict:
@@ -147,5 +150,6 @@ def described(error: Exception, name: str = "", opening: str | None = None) -> d
         problem, remedy = (problem, remedy) if problem else (remedy, "")
         said = {"file": name, "row": 0, "field": field, "problem": problem, "remedy": remedy}
     if found := place(name):
-        said["file"], _, said["row"] = found
+        said["file"], _, said["row"], entry = found
+        said["field"] = entry + said["field"].removeprefix(entry)
     return said

@@ -17,6 +17,7 @@ BEFORE = {  # role -> what may stand right before it; None is the start of the c
 }
 # what some chat templates write, each in a way of its own, and others leave out without a word
 ASIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+BESIDE = ("image", "images", "video", "videos", "audio", "audios")  # no part of content
 
 
 class Problem(NamedTuple):
@@ -110,7 +111,15 @@ def _aside_problems(field: str, role, message: dict) -> list[Problem]:
         for key in ASIDE
         if message.get(key)
     ]  # fmt: skip
-    for key in ("weight", "train"):
+    found += [
+        Problem(
+            f"{field}.{key}", "would not be shown: it stands beside the content",
+            "write it into content, as a part of its type",
+        )
+        for key in BESIDE
+        if message.get(key)
+    ]  # fmt: skip
+    for key in ("weight", "train", "loss"):
         value = message.get(key)
         if value is not None and value != (role == "assistant"):
             found.append(

@@ -480,7 +480,7 @@ def _unknown(mapping: dict, namespace, prefix: str = ""):
     for key, value in mapping.items():
         if value == {} and key not in namespace:
             yield f"{prefix}{key}"
-        elif isinstance(value, dict) and not isinstance(below := namespace.get(key), dict):
+        elif isinstance(value, dict) and isinstance(below := namespace.get(key), type(namespace)):
             yield from _unknown(value, below, f"{prefix}{key}.")
 
 

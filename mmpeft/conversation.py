@@ -6,6 +6,7 @@ stays text.
 """
 
 import functools
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -144,11 +145,17 @@ class Chat:
             )
         matches = list(self._sentinel.finditer(rendered))
         found = [int(match[1]) for match in matches if match[1] is not None]
-        found = sorted(number for number in found if number not in self._aside)
+        found = [number for number in found if number not in self._aside]
         expected = [n for n in range(len(self._replaced)) if n not in self._aside]
+        shown = [n for n in found if self._replaced[n][1] is True]
+        if shown != sorted(shown):
+            raise ValueError(
+                "the chat template puts pictures in another order than the messages have them; "
+                "give them in the messages of the user."
+            )
         images = sum(self._found(match)[1] is True for match in matches)
         whole = rendered.count(KEY) == sum(match[1] is not None for match in matches)
-        if found != expected or images != self._num_marks or not whole:
+        if sorted(found) != expected or images != self._num_marks or not whole:
             raise ValueError(
                 "the chat template drops or repeats a part of this chat that holds an image or a "
                 "special token; check the roles and their order."
@@ -163,6 +170,35 @@ class Chat:
         if position < len(rendered):
             yield rendered[position:], False, len(rendered) - position
 
+    def check_learned(self, rendered: str, spans: list[tuple[int, int]]) -> None:
+        """Refuse a rendered chat that leaves words out, or whose marks miss what is learned.
+
+        Args:
+            spans: character ranges of ``rendered`` that the assistant wrote.
+        """
+        learned = _squeezed("".join(rendered[start:end] for start, end in spans))
+        everything, place = _squeezed(rendered), 0
+        for number, message in enumerate(self.messages):
+            for text in _texts(message["content"]):
+                said = _squeezed(text)
+                # some templates write what a tool says as JSON
+                if said not in everything and not any(
+                    _as_json(text, ascii) in everything for ascii in (True, False)
+                ):
+                    raise ValueError(
+                        f"the chat template leaves out or changes words of messages[{number}] "
+                        f"({message['role']}); set model.chat_template to one that writes them."
+                    )
+                if message["role"] != "assistant":
+                    continue
+                if (place := learned.find(said, place)) < 0:
+                    raise ValueError(
+                        "the chat template's {% generation %} blocks do not hold what the "
+                        f"assistant says in messages[{number}]; write them outside of macros, "
+                        "{% set %}, {% filter %} and {% call %}, around the content itself."
+                    )
+                place += len(said)
+
     def as_text(self, rendered: str) -> str:
         """The rendered text for a reader or for ``BridgeProcessor.__call__``."""
         text = self._sentinel.sub(lambda m: self._found(m)[0], rendered)
@@ -172,6 +208,22 @@ class Chat:
                 "use tokenize=True."
             )
         return text
+
+
+def _texts(content: str | list[dict]) -> list[str]:
+    """The words of a swapped message, by parts."""
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part["type"] == "text"]
+
+
+def _as_json(text: str, ascii: bool) -> str:
+    return _squeezed(json.dumps(text, ensure_ascii=ascii)[1:-1])
+
+
+def _squeezed(text: str) -> str:
+    """A text without blanks, which templates strip and add."""
+    return "".join(text.split())
 
 
 class _Spelt(NamedTuple):

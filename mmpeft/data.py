@@ -383,8 +383,9 @@ def check_chat(messages: list[dict], where: str) -> None:
     """Refuse a chat that could not be learned from, naming row and field."""
     if problems := chat_problems(messages):
         if found := place(where):
-            file, unit, row = found
-            raise RowError(file, row, *problems[0], unit)
+            file, unit, row, entry = found
+            field, problem, remedy = problems[0]
+            raise RowError(file, row, entry + field, problem, remedy, unit)
         raise ValueError(f"{where}: {problems[0]}")
 
 

@@ -287,15 +287,17 @@ class BridgeProcessor(ProcessorMixin):
             return rendered, spans[0] if mark else None
 
         try:
-            if not mark_assistant or marks_assistant(template):
-                return render(template, mark_assistant)
-            rendered, _ = render(template, False)
+            rendered, spans = render(template, mark_assistant and marks_assistant(template))
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"the chat template cannot write this chat ({' '.join(str(error).split())}); check "
                 "the roles, their order and every content."
             ) from None
-        return rendered, marked_twin(template, rendered, lambda twin: render(twin, True))
+        if mark_assistant:
+            if spans is None:
+                spans = marked_twin(template, rendered, lambda twin: render(twin, True))
+            chat.check_learned(rendered, spans)
+        return rendered, spans
 
     def _chat(self, messages) -> Chat:
         self._refuse_endless(_texts(messages))

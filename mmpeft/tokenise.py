@@ -171,10 +171,19 @@ def _restore(marked: _Marked, tokens: Tokens, text: str, blanked: str, literal: 
             run.append(token)
             continue
         if any(first <= start < last for start in literal):
-            run = _as_text(marked, text, first, last)
+            front, back = _unwritten(marked, run)
+            run = [*front, *_as_text(marked, text, first, last), *back]
         restored += run if token is None else [*run, token]
         run, first = [], last if token is None else token[2]
     return Tokens(*np.array(restored, np.int64).reshape(-1, 3).T)
+
+
+def _unwritten(marked: _Marked, run: list) -> tuple[list, list]:
+    """What the tokenizer itself puts before and behind a text, as its BOS."""
+    own = [a == b and token in marked.special for token, a, b in run]
+    front = own.index(False) if False in own else len(own)
+    back = own[front:].index(True) + front if True in own[front:] else len(own)
+    return run[:front], run[back:]
 
 
 def _as_text(marked: _Marked, text: str, first: int, last: int) -> list[tuple[int, int, int]]:

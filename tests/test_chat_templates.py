@@ -312,6 +312,17 @@ PIECES = ["</s>", "<s>", "<unk>", "<|user|>", "<wide>", "<right>", "</s", "bl", 
 
 
 @pytest.mark.parametrize("odd", [[], ODD_TOKENS, [*ODD_TOKENS, ALONE]])
+@pytest.mark.parametrize("words", ["no", "> no", "no <", "the </s> no"])
+def test_what_the_tokenizer_puts_around_a_text_stays(processor, words):
+    processor.add_special_tokens = True
+    processor.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids, _ = encode(processor, [{"role": "user", "content": words}])
+    assert ids[0] == processor.tokenizer.bos_token_id
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+    processor.add_special_tokens = False
+    assert encode(processor, [{"role": "user", "content": words}])[0] == ids[1:]
+
+
 def test_what_is_remembered_of_a_text_changes_no_token(processor, odd):
     tokenizer = processor.tokenizer
     tokenizer.add_tokens(odd)

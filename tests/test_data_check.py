@@ -12,7 +12,7 @@ import pytest
 from mmpeft import cli
 from mmpeft.config import load
 from mmpeft.data import ConversationDataset
-from mmpeft.data_check import check_data, engine, pictures, render, write
+from mmpeft.data_check import check_data, engine, pictures, render, scan, write
 from mmpeft.data_check.plots import DOTS, draw
 from mmpeft.data_check.processor import processor_of
 from mmpeft.data_check.repeats import duplicates, leaked
@@ -103,12 +103,15 @@ def test_good_data_has_no_error(jsonl, pictured):
     assert render(checked.report).startswith("6 rows, no error\n")
 
 
-def test_an_answer_that_no_token_is_learned_from_is_told(tiny, jsonl):
+def test_an_answer_that_no_token_is_learned_from_is_told(tiny, jsonl, monkeypatch):
     processor = tiny[1]
-    processor.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% generation %}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
+    encode = scan.encode
+
+    def nothing(*chat):
+        row, shown = encode(*chat)
+        return row | {"labels": [-100] * len(row["labels"])}, shown
+
+    monkeypatch.setattr(scan, "encode", nothing)
     checked = check_data([jsonl([chat("q")])], processor=processor, workers=0)
     assert found(checked, "kind", "problem") == [("tokens", "have no token to learn from")]
     assert checked.report["learned_tokens"]["max"] == 0 and not checked.samples

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import string
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -256,6 +257,111 @@ def test_a_cut_shard_is_refused(tmp_path):
     assert "not a tar file that can be read" in refusal(lambda: open_rows(path))
     path.write_bytes(b"PK" * 600)
     assert "not a tar file that can be read" in refusal(lambda: open_rows(path))
+
+
+def test_a_shard_that_ends_without_its_end_is_refused(tmp_path):
+    files = [(f"{n}.{kind}", data) for n in range(6) for kind, data in
+             (("png", png()), ("txt", b"x"))]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", files)
+    whole = path.read_bytes()
+    assert len(open_rows(path)) == 6
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar]
+    path.write_bytes(whole[: offsets[4]])
+    assert "ends without the mark of an end" in refusal(lambda: open_rows(path))
+    damaged = bytearray(whole)
+    damaged[offsets[4] + 148] ^= 1  # in the header's checksum
+    path.write_bytes(damaged)
+    assert f"has more behind byte {offsets[4]:,}" in refusal(lambda: open_rows(path))
+    path.write_bytes(whole + whole)
+    assert "has more behind byte" in refusal(lambda: open_rows(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_shard_is_refused(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", [("0.png", png()), ("0.txt", b"x")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = kind, "0.png"
+        tar.addfile(link)
+    assert "1.png is a link to 0.png, not a file" in refusal(lambda: open_rows(path))
+
+
+def test_many_pictures_of_a_sample_are_in_the_order_of_their_numbers(tmp_path):
+    files = [(f"s.{n}.png", f"{n}".encode()) for n in (10, 2, 0, 9, 1)]
+    (row,) = open_rows(write_tar(tmp_path / "a.tar", [*files, ("s.txt", b"x")]))
+    shown = [part["image"] for part in row["messages"][0]["content"]]
+    assert shown == [b"0", b"1", b"2", b"9", b"10"]
+
+
+def test_pictures_of_files_in_several_folders_need_a_root(tmp_path):
+    rows = [{"image": "0.png", "caption": "x"}]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name / "p.parquet")
+    found = open_rows(str(tmp_path / "*/p.parquet"))
+    assert "image is '0.png', but the files of these rows lie in several folders" in refusal(
+        lambda: found[1]
+    )
+    rooted = open_rows(str(tmp_path / "*/p.parquet"), image_root=str(tmp_path))
+    assert rooted[1]["messages"][0]["content"] == [image(str(tmp_path / "0.png"))]
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    for name, answer in (("d1.csv", "wrong"), ("d[1].csv", "right")):
+        (tmp_path / name).write_text(f"question,answer\nq,{answer}\n")
+    (row,) = open_rows(tmp_path / "d[1].csv")
+    assert row["messages"][1]["content"] == "right"
+
+
+def test_files_named_after_splits_are_not_mixed(tmp_path):
+    for split in ("train", "test"):
+        rows = [{"question": "q", "answer": split}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    (row,) = open_rows(tmp_path, "test")
+    assert row["messages"][1]["content"] == "test"
+    assert "no split is chosen; it has train, test" in refusal(lambda: open_rows(tmp_path))
+
+
+def test_metadata_beside_folders_of_splits_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/0.png", "caption": "x"}')
+    (tmp_path / "train").mkdir()
+    assert len(open_rows(tmp_path, "train")) == 1
+    (tmp_path / "test").mkdir()
+    assert "metadata.jsonl beside the folders train and test" in refusal(
+        lambda: open_rows(tmp_path, "train")
+    )
+
+
+def test_a_linked_folder_of_a_class_counts_once(tmp_path):
+    for folder in ("set/dog", "cats"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.png").write_bytes(png())
+    (tmp_path / "set/cat").symlink_to(tmp_path / "cats")
+    (tmp_path / "set/dog/circle").symlink_to(tmp_path / "set")
+    rows = open_rows(tmp_path / "set", columns={"caption": "label"})
+    assert [row["messages"][1]["content"] for row in rows] == ["cat", "dog"]
+
+
+def test_a_row_without_its_label_is_bad(tmp_path):
+    features = datasets.Features(
+        question=datasets.Value("string"), answer=datasets.ClassLabel(names=["cat"])
+    )
+    data = [{"question": "q", "answer": -1}, {"question": "q", "answer": 0}]
+    datasets.Dataset.from_list(data, features=features).save_to_disk(tmp_path / "saved")
+    rows = open_rows(tmp_path / "saved")
+    assert "row 1: answer is missing" in refusal(lambda: rows[0])
+    assert rows[1]["messages"][1]["content"] == "cat"
+
+
+def test_a_stream_reads_json_as_a_table_does(jsonl, monkeypatch):
+    path = jsonl([{"messages": chat([text("look")], "fine")}, {"messages": chat("hello", "yes")}])
+    data = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+    assert isinstance(data.features["messages"].feature["content"], datasets.Json)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    streamed = [row["messages"] for row in open_stream("owner/name", "train")]
+    assert streamed == [chat([text("look")], "fine"), chat("hello", "yes")]
 
 
 def test_class_labels_and_nested_pictures_of_tables(tmp_path):

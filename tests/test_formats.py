@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmpeft import config, jsonl
+from mmpeft.checks import chat_problems
 from mmpeft.data import ConversationDataset
 from mmpeft.formats import RowError, open_rows
 from mmpeft.formats import pictures as p
@@ -183,6 +184,9 @@ def test_what_cannot_be_told_is_named(columns, format, mapped, message):
          "image and images could both be the image; choose one with columns"),
         ({"question": [], "answer": "x"}, {}, "question is empty; write a text"),
         ({"messages": chat("q", "a"), "tools": [{"type": "function"}]}, {}, "tools would not be"),
+        ({"messages": chat("q", "a"), "system": "Be kind."}, {}, "system would not be learned"),
+        ({"messages": chat("<video>", "a"), "video": "a.gif"}, {}, "video would not be shown"),
+        ({"question": "q", "answer": "a", "audios": ["a.wav"]}, {}, "audios would not be shown"),
         ({"conversations": TALK[1:], "tools": '[{"name": "f"}]'}, {}, "tools would not be learned"),
         ({"messages": chat("<image>?", "a"), "images": ["a.png"]}, {},
          "set format: llava, columns: {conversations: messages}"),
@@ -211,6 +215,15 @@ def test_what_a_turn_has_beside_its_words_is_not_lost_on_the_way(jsonl):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
     (messages,) = rows_of(jsonl, [{"conversations": turns}])
     assert messages[1]["weight"] == 0  # for ``chat_problems`` to refuse
+    assert [str(one) for one in chat_problems(messages)] == [
+        "messages[1].weight is 0, but all that the assistant says is learned, and no more; leave "
+        "the field out if that is meant, else take the row out."
+    ]
+    messages = [{"role": "user", "content": "what?", "images": ["a.png"]},
+                {"role": "assistant", "content": "a cat", "loss": False}]  # fmt: skip
+    found = [str(one) for one in chat_problems(messages)]
+    assert found[0].startswith("messages[0].images would not be shown: it stands beside the ")
+    assert found[1].startswith("messages[1].loss is False, but all that the assistant says is ")
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,59 @@ def test_a_template_that_drops_an_image_is_noticed(tiny, images):
         encode(processor, [user(images[0], "first"), assistant("second")])
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}"
+         "{% if m.role == 'assistant' %}{% generation %}{% endgeneration %}{% endif %}"
+         "{% endfor %}",
+         r"leaves out or changes words of messages\[0\] \(system\)"),
+        ("{% macro say(m) %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
+         "{% endgeneration %}{% endmacro %}{% for m in messages %}"
+         "{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ m.content }}{% endif %}"
+         "{% endfor %}",
+         r"blocks do not hold what the assistant says in messages\[2\]; write them outside of"),
+    ],
+)  # fmt: skip
+def test_a_template_that_loses_words_is_noticed(tiny, template, message):
+    _, processor = tiny
+    processor.chat_template = template
+    chat = [{"role": "system", "content": "Be kind."}, user("a?"), assistant("The answer.")]
+    with pytest.raises(ValueError, match=message):
+        processor.encode_chat(chat)
+
+
+def test_a_template_may_strip_words_and_write_those_of_tools_as_json(tiny):
+    _, processor = tiny
+    processor.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content | trim }}{% endgeneration %}{% elif m.role == 'tool' %}"
+        "{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = [
+        user("a?"),
+        assistant(" look \n"),
+        {"role": "tool", "content": '"é"\nb'},
+        assistant("c"),
+    ]
+    row, _ = processor.encode_chat(chat)
+    learned = [i for i in row["labels"] if i != -100]
+    assert processor.tokenizer.decode(learned) == "lookc"
+
+
+def test_a_template_that_changes_the_order_of_pictures_is_refused(tiny, images):
+    _, processor = tiny
+    processor.chat_template = (
+        "{% for m in messages | reverse %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    row, _ = processor.encode_chat([user(images[0], "first"), assistant("x")])
+    assert sum(row["mm_token_type_ids"]) > 0
+    chat = [user(images[0], "first"), assistant("x"), user(images[1], "second"), assistant("x")]
+    with pytest.raises(ValueError, match="puts pictures in another order"):
+        processor.encode_chat(chat)
+
+
 def test_padding_sides(tiny):
     _, processor = tiny
     chats = [[user("a")], [user("abcdef")]]

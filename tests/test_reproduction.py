@@ -25,6 +25,7 @@ ON_PICTURES = {  # with the adapter's learning rate
     "connector_only": ("connector alone", ""),
     "full": ("full", "1e-4"),
     "lora_attention": ("LoRA, attention, r 16", "1e-3"),
+    "lora_mlp": ("LoRA, MLP, r 10", "1e-3"),
     "lora_attention_3e-3": ("LoRA, attention, r 16", "3e-3"),
     "dylora": ("DyLoRA, attention, r 16", "1e-3"),
     "ia3": ("(IA)³", "5e-3"),
@@ -82,9 +83,9 @@ def e2e() -> list[str]:
     ]  # fmt: skip
 
 
-def vision() -> list[str]:
+def vision(name: str = "vision") -> list[str]:
     """The table of methods and learning rates on pictures."""
-    cells = methods("vision")
+    cells = methods(name)
     alone = cells["connector_only"]
     text, prose = RETENTION
     planes = [text, ("retention_after_image", *text[1:]), prose]
@@ -99,7 +100,12 @@ def vision() -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("table", [e2e, vision])
+def vision_longer() -> list[str]:
+    """The table of twice the steps."""
+    return vision("vision_1600")
+
+
+@pytest.mark.parametrize("table", [e2e, vision, vision_longer])
 def test_the_page_has_the_numbers_of_the_cells(table):
     page = (DOCS / "reproduction.md").read_text()
     missing = [line for line in table() if line not in page]

@@ -4,13 +4,13 @@ import io
 import json
 import os
 import random
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from mmpeft.bad_rows import place
 from mmpeft.data_check.engine import Source, read
 from mmpeft.data_check.page import render_page
 from mmpeft.data_check.plots import draw
@@ -18,7 +18,6 @@ from mmpeft.data_check.repeats import find_duplicates, find_leaks
 from mmpeft.data_check.samples import Sample, sample
 from mmpeft.data_check.scan import KINDS, Found, RowProblem
 
-_WHERE = re.compile(r"(.*) \w+ (\d+)(?:, (.*))?", re.DOTALL)
 QUANTILES = {"min": 0, "median": 0.5, "p95": 0.95, "max": 1}
 
 
@@ -93,10 +92,9 @@ def _describe(source: Source) -> dict:
 
 def _as_json(error: RowProblem) -> dict:
     """With the parts of ``FILE line N`` apart; of ``FILE line N, ENTRY``, the entry is a field."""
-    file, row, entry = _WHERE.fullmatch(error.where).groups()
-    field = " ".join(filter(None, (entry, error.problem.field)))
-    problem = error.problem._replace(field=field)
-    return {"file": file, "row": int(row), "kind": error.kind, **problem._asdict()}
+    file, _, row, entry = place(error.where)
+    problem = error.problem._replace(field=entry + error.problem.field)
+    return {"file": file, "row": row, "kind": error.kind, **problem._asdict()}
 
 
 class Figures(NamedTuple):

@@ -141,10 +141,12 @@ def lengths(processor, messages: list[dict]) -> tuple[int, int, Problem | None]:
     """Tokens of a chat (those of pictures included), how many of them are learned; and if -1 or
     none are, why."""
     try:
-        labels = encode(processor, messages)[0]["labels"]
+        row, shown = encode(processor, messages)
+        processor.instruction_inputs(shown)
     except (ValueError, OSError) as error:
         told = problem_of(error, "messages", "take the row out")
         return -1, -1, told._replace(problem=f"cannot be used: {told.problem}")
+    labels = row["labels"]
     learned = len(labels) - labels.count(-100)
     if not learned:
         none = Problem("messages", "have no token to learn from", "give an answer in words")

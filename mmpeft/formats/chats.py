@@ -3,13 +3,20 @@
 
 import re
 
-from mmpeft.checks import ASIDE
+from mmpeft.checks import ASIDE, BESIDE
 from mmpeft.formats.pictures import shown
 
 IMAGE_MARK = "<image>"
 # the line break that sets marks off from the words: behind a line of marks, or before the last one
 _BREAK = re.compile(r"(?<![^\n])((?:<image>)+)\r?\n|\r?\n((?:<image>)+)\Z")
-_BESIDE = (*ASIDE, "weight", "train", "unfinished")  # fields of a turn that are judged later
+_JUDGED = (
+    *ASIDE,
+    *BESIDE,
+    "weight",
+    "train",
+    "loss",
+    "unfinished",
+)  # fields of a turn that are judged later
 
 _FROM_VALUE = ("from", "value")
 SPEAKERS = {
@@ -21,6 +28,7 @@ SPEAKERS = {
 def from_messages(row) -> list[dict]:
     """``messages``: role and content, a text or typed parts; ``image(s)`` for parts without one."""
     _refuse_tools(row)
+    row.refuse(("system",), "would not be learned from", "write it as the first message")
     chat, given = [], row.pictures()
     waiting = iter(given)
     marks = 0
@@ -63,10 +71,9 @@ def from_messages(row) -> list[dict]:
 
 def _refuse_tools(row) -> None:
     """No template is told of tools while training, so an answer would call what nobody named."""
-    for name in ("tools", "functions"):
-        if row.data.get(name) not in (None, [], {}, "", "[]", "null"):
-            remedy = "write them into the system message, or take the column out"
-            raise row.error(name, "would not be learned from: tools are not written out", remedy)
+    remedy = "write them into the system message, or take the column out"
+    problem = "would not be learned from: tools are not written out"
+    row.refuse(("tools", "functions"), problem, remedy)
 
 
 def _part(row, part: dict, at: str) -> dict:
@@ -126,7 +133,7 @@ def from_conversations(row) -> list[dict]:
                     text.append({"type": "image", "image": None})
                 elif piece:
                     text.append({"type": "text", "text": piece})
-        beside = {key: turn[key] for key in _BESIDE if turn.get(key) is not None}
+        beside = {key: turn[key] for key in _JUDGED if turn.get(key) is not None}
         chat.append({"role": role, "content": text} | beside)
     if marks != len(given):
         raise row.error(

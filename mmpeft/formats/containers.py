@@ -100,6 +100,17 @@ def _json(path: Path) -> Sequence[dict]:
     return JsonLines(path, json_text.line)
 
 
+def _of_split(paths: list[Path], file: str, split: str | None) -> list[Path]:
+    """The files of a split, where the name of each begins with one, as ``train-00000.parquet``."""
+    from mmpeft.formats.table import choose_split
+
+    begins = [re.split(r"[-_.]", path.name)[0] for path in paths]
+    if len(set(begins)) < 2 or not set(begins) <= set(SPLITS):
+        return paths
+    chosen = choose_split(file, [name for name in SPLITS if name in begins], split)
+    return [path for path, begin in zip(paths, begins, strict=True) if begin == chosen]
+
+
 def _folder(path: Path, file: str, split: str | None) -> Sequence[dict]:
     """What ``datasets`` saved, pictures with metadata (or classes), or files of one kind."""
     from mmpeft.formats.table import choose_split, read_saved
@@ -109,12 +120,18 @@ def _folder(path: Path, file: str, split: str | None) -> Sequence[dict]:
     if metadata := [path / name for name in METADATA if (path / name).is_file()]:
         if len(metadata) > 1:
             raise ValueError(f"{file} has {' and '.join(m.name for m in metadata)}; keep one.")
+        splits = [name for name in SPLITS if (path / name).is_dir()]
+        if len(splits) > 1:
+            raise ValueError(
+                f"{file} has {metadata[0].name} beside the folders {' and '.join(splits)}, whose "
+                "rows it would mix; put a file of its own into each."
+            )
         return _files(metadata, str(metadata[0]))
     if splits := [name for name in SPLITS if (path / name).is_dir()]:
         return _folder(path / choose_split(file, splits, split), file, None)
     for kind in (".parquet", ".arrow", ".tar"):
         if found := sorted(path.glob(f"*{kind}")):
-            return _files(found, file)
+            return _files(_of_split(found, file, split), file)
     from mmpeft.formats.image_folder import ImageFolder, pictures_in
 
     if found := pictures_in(path):

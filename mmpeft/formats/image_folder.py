@@ -11,8 +11,12 @@ from PIL import Image
 def pictures_in(folder: Path) -> list[str]:
     """Paths of all pictures below a folder, relative to it, sorted."""
     Image.init()  # fills ``Image.EXTENSION``
-    found = []
-    for top, folders, names in os.walk(folder):
+    found, seen = [], set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(top)) in seen:  # a link in a circle, or a folder twice
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             os.path.relpath(os.path.join(top, name), folder)

@@ -23,13 +23,13 @@ class Pictures:
     """Turns what a row says of a picture into a path, bytes, a data URL or a PIL image.
 
     Args:
-        folder: where relative paths start, if there is no root.
+        folder: where relative paths start, if there is no root; ``None`` refuses them.
         root: folder that every path has to stay in, links followed; relative paths start there.
         allow_urls: fetch ``http(s)`` addresses, each once, into the user's cache.
     """
 
-    def __init__(self, folder: Path, root: str | None = None, allow_urls: bool = False):
-        self.folder, self.allow_urls = str(folder), allow_urls
+    def __init__(self, folder: Path | None, root: str | None = None, allow_urls: bool = False):
+        self.folder, self.allow_urls = folder, allow_urls
         self.root = None
         if root is not None:
             self.root = os.path.realpath(os.path.expanduser(root))
@@ -61,7 +61,10 @@ class Pictures:
             problem = "has a NUL character" if source else "is an empty path"
             raise ValueError(problem, "give a path, or null for a row without a picture")
         if self.root is None:
-            return os.path.join(self.folder, source)
+            if self.folder is None and not os.path.isabs(source):
+                problem = f"is {shown(source)}, but the files of these rows lie in several folders"
+                raise ValueError(problem, "set image_root, or give whole paths")
+            return os.path.join(self.folder or "", source)
         found = _real(os.path.join(self.root, source))
         if os.path.commonpath([self.root, found]) != self.root:
             raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mmpeft.checks import BESIDE
 from mmpeft.formats.chats import from_conversations, from_messages
 from mmpeft.formats.errors import RowError
 from mmpeft.formats.pairs import from_caption, from_vqa
@@ -53,6 +54,11 @@ class Row:
         self.data, self.prompt, self.error = data, prompt, error
         self._columns, self._pictures, self._entry = columns, pictures, entry
         self.image_column = columns.get("image") or self._named("image")
+        beside = [name for name in BESIDE if not name.startswith("image")]
+        self.refuse(
+            tuple(name for name in beside if name not in columns.values()), "would not be shown",
+            "give frames as a part of type video, or take the column out",
+        )  # fmt: skip
 
     def _named(self, role: str) -> str | None:
         found = [name for name in NAMES[role] if self.data.get(name) is not None]
@@ -62,6 +68,12 @@ class Row:
                 f"choose one with columns: {{{role}: {found[0]}}}",
             )  # fmt: skip
         return found[0] if found else None
+
+    def refuse(self, names: tuple[str, ...], problem: str, remedy: str) -> None:
+        """Refuse columns that hold something."""
+        for name in names:
+            if self.data.get(name) not in (None, [], {}, "", "[]", "null"):
+                raise self.error(name, problem, remedy)
 
     def column(self, role: str) -> str:
         return self._columns.get(role, role)

@@ -5,6 +5,7 @@ Only the headers are read at the start; a sample is read from its shard when it 
 """
 
 import os
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from tqdm import tqdm
 from mmpeft.formats import json_text
 from mmpeft.formats.errors import RowError
 from mmpeft.formats.schema import NAMES
-from mmpeft.formats.table import scan
+from mmpeft.formats.table import folder_of, scan
 from mmpeft.jsonl import SILENT, list_lengths
+
+BLOCK = 512  # bytes; a tar ends with two blocks of zeros
 
 
 class Shards(Sequence):
@@ -34,7 +37,7 @@ class Shards(Sequence):
     unit = "row"
 
     def __init__(self, paths: list[Path], file: str):
-        self.file, self.folder, self._paths = file, paths[0].parent, paths
+        self.file, self.folder, self._paths = file, folder_of(paths), paths
         Image.init()  # fills ``Image.EXTENSION``
         members, samples = array("q"), array("q")  # shard, offset, size, kind; the first members
         kinds: dict[str, int] = {}
@@ -83,7 +86,7 @@ class Shards(Sequence):
             row[name] = value
         if pictures:
             row = {key: value for key, value in row.items() if key not in NAMES["image"]}
-            several = [pictures[kind] for kind in sorted(pictures)]
+            several = [pictures[kind] for kind in sorted(pictures, key=_by_number)]
             row |= {"images": several} if len(several) > 1 else {"image": several[0]}
         return row
 
@@ -118,6 +121,11 @@ class Shards(Sequence):
         return RowError(self.file, index + 1, field, problem, remedy)
 
 
+def _by_number(kind: str) -> list:
+    """Sorts ``2.png`` before ``10.png``."""
+    return [(piece.isdigit() and int(piece), piece) for piece in re.split(r"(\d+)", kind)]
+
+
 def _text_or_bytes(data: bytes) -> str | bytes:
     try:
         return data.decode("utf-8")
@@ -125,11 +133,31 @@ def _text_or_bytes(data: bytes) -> str | bytes:
         return data
 
 
+def _check_end(path: Path, end: int) -> None:
+    """``tarfile`` takes a damaged header for the end. Raises ``ValueError``."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(BLOCK)
+        if len(rest) < BLOCK:
+            problem = "ends without the mark of an end, so files at its end may be missing"
+        elif any(rest) or any(map(any, iter(lambda: file.read(1 << 20), b""))):
+            problem = f"has more behind byte {end:,}, where its files end or one is damaged"
+        else:
+            return
+    raise ValueError(f"{path}: {problem}; fetch or pack it again, as a tar of its own.")
+
+
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # else it keeps them all
+                if member.islnk() or member.issym():
+                    raise ValueError(
+                        f"{path}: {member.name} is a link to {member.linkname}, not a file; pack "
+                        "files themselves (tar --dereference --hard-dereference)."
+                    )
                 yield member
+            _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a tar file that can be read ({error}).") from None

@@ -15,7 +15,7 @@ import numpy as np
 from mmpeft.formats.containers import hub_name, split_of
 from mmpeft.formats.errors import RowError, one_line
 from mmpeft.formats.rows import TRIED, Rows, open_rows, rows_of
-from mmpeft.formats.table import choose_hub_split, named
+from mmpeft.formats.table import choose_hub_split, named, undecoded
 
 
 def open_stream(
@@ -116,7 +116,7 @@ class Remote:
         found, wanted = [], count
         while wanted and (data := self._next()) is not None:
             number, self._read = self._read, self._read + 1
-            data = named(self._data.features, data)
+            data = _read(self._data, data)
             chosen = None in (self._column, self._split)
             if not chosen and str(data.get(self._column)) != self._split:
                 continue
@@ -141,6 +141,13 @@ def _undecoded(data: datasets.IterableDataset) -> datasets.IterableDataset:
     return data.decode(False) if data.features else data.with_format(None)
 
 
+def _read(data: datasets.IterableDataset, row: dict) -> dict:
+    """A row with what else than pictures its features decode: JSON, and names of classes."""
+    if not data.features:
+        return row
+    return named(data.features, undecoded(data.features).decode_example(row))
+
+
 class _Opening:
     """The first rows of a stream, as a container from which the format is detected."""
 
@@ -148,7 +155,7 @@ class _Opening:
 
     def __init__(self, data: datasets.IterableDataset, file: str):
         self.file, self._data = file, data
-        self._first = [named(data.features, row) for row in islice(data, TRIED)]
+        self._first = [_read(data, row) for row in islice(data, TRIED)]
         if not self._first:
             raise ValueError(f"{file} has no rows.")
 

@@ -5,6 +5,7 @@ encoded until the processor opens them.
 """
 
 import csv
+import glob
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,17 +25,17 @@ class Table(Sequence):
     """Rows of a ``datasets.Dataset`` as plain objects; a class label becomes its name.
 
     Args:
-        folder: where relative paths of pictures start.
+        folder: where relative paths of pictures start; ``None`` if there may be none.
         empty_is_null: a CSV file can say nothing but "" where there is no value.
     """
 
     unit = "row"
 
-    def __init__(self, data, file: str, folder: Path, empty_is_null: bool = False):
+    def __init__(self, data, file: str, folder: Path | None, empty_is_null: bool = False):
         self.file, self.folder, self._empty_is_null = file, folder, empty_is_null
         if not len(data):
             raise ValueError(f"{file} has no rows.")
-        self._features = _undecoded(data.features)
+        self._features = undecoded(data.features)
         self._data = data.with_format("arrow")
 
     def number(self, index: int) -> int:
@@ -65,25 +66,27 @@ class Table(Sequence):
         return named(self._features, row)
 
 
-def _undecoded(feature):
-    """Features whose pictures, clips and so on are left as bytes or path."""
+def undecoded(feature):
+    """Features whose pictures, clips and so on are left as bytes or path; JSON is read."""
     if isinstance(feature, dict):
-        return type(feature)({key: _undecoded(value) for key, value in feature.items()})
+        return type(feature)({key: undecoded(value) for key, value in feature.items()})
     if isinstance(feature, (List, LargeList)):
-        return type(feature)(_undecoded(feature.feature))
-    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        return type(feature)(undecoded(feature.feature))
+    if isinstance(feature, datasets.Json):
+        return datasets.Json()
+    if getattr(feature, "decode", False):
         feature = type(feature)(decode=False)
     return feature
 
 
 def named(feature, value):
-    """Class labels, numbers in a table, as the names that they stand for."""
+    """Class labels, numbers in a table, as the names that they stand for; -1 is none."""
     if isinstance(feature, dict) and isinstance(value, dict):
         return {key: named(feature.get(key), one) for key, one in value.items()}
     if isinstance(feature, (List, LargeList)) and isinstance(value, list):
         return [named(feature.feature, one) for one in value]
-    if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
-        return feature.int2str(value)
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else None
     return value
 
 
@@ -135,16 +138,22 @@ def _check_widths(table, file: str, width: int) -> None:
 
 def read_tables(kind: str, paths: list[Path], file: str) -> Table:
     """Parquet or Arrow files, one behind the other."""
-    return Table(_load(file, kind, paths), file, paths[0].parent)
+    return Table(_load(file, kind, paths), file, folder_of(paths))
+
+
+def folder_of(paths: list[Path]) -> Path | None:
+    """The folder that files have in common; ``None`` if they lie in several."""
+    return paths[0].parent if len({path.parent for path in paths}) == 1 else None
 
 
 def _load(file: str, kind: str, paths, **options):
-    paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    paths = paths if isinstance(paths, list) else [paths]
+    paths = [glob.escape(str(path)) for path in paths]  # ``datasets`` takes patterns
     try:
         return datasets.load_dataset(kind, data_files=paths, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):
+        if any(said in str(cause) for said in ("corresponds to no data", "BatchSize must be")):
             raise ValueError(f"{file} has no rows.") from None
         raise ValueError(f"{file}: cannot be read as {kind} ({one_line(str(cause))}).") from None
 

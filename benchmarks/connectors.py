@@ -62,6 +62,12 @@ CONNECTORS = {
         },
     ),
 }  # fmt: skip
+ADAPTER = {
+    "class_path": "LoraConfig",
+    "init_args": {
+        "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]
+    },
+}  # fmt: skip
 COLUMNS = ("image tokens", "trained", "accuracy", "loss", "another picture", "gain", "samples/s")
 
 
@@ -73,6 +79,7 @@ def overrides(arguments, name: str) -> list[str]:
         "model.vision_encoder.init_args.image_size": arguments.image_size,
         "model.vision_encoder.init_args.layers": arguments.layers,
         "model.connector": json.dumps({"class_path": cls, "init_args": options}),
+        "model.adapter": json.dumps(ADAPTER),
         "model.gate": "none",
         "instruct.max_steps": arguments.steps,
         "instruct.save_total_limit": 1,

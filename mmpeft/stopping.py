@@ -63,6 +63,23 @@ class FinishStep(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside its ``with``, SIGTERM raises :class:`Stopped`; in the main thread alone."""
+
+    def stop(number, frame):
+        raise Stopped("", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def leave_signals_to_trainer(begin, worker_id: int) -> None:
     """How a data worker begins: what a terminal or scheduler sends to all processes is not for it.
 

@@ -2,7 +2,10 @@
 
 import fcntl
 import json
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -117,6 +120,26 @@ def test_a_killed_cell_is_reported_and_the_rest_goes_on(write_grid, monkeypatch)
     assert [f["error"] for f in report["failures"]] == ["killed by SIGKILL"] * 2
     assert not report["rows"] and "killed by SIGKILL" in table.render(report)
     assert "no cell is complete yet" in table.render(report) and "None" not in table.render(report)
+
+
+def test_a_stopped_compare_stops_its_cell(tmp_path, monkeypatch):
+    cell = tmp_path / "cell.sh"
+    cell.write_text("#!/bin/sh\necho at work\nexec sleep 30\n")
+    cell.chmod(0o755)
+    monkeypatch.setattr(run.sys, "executable", str(cell))
+    log = tmp_path / "log.txt"
+
+    def stop():
+        while "at work" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with log.open("w") as file, run.held(tmp_path) as lock:
+        threading.Thread(target=stop).start()
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run.start(tmp_path, file, lock)
+    assert stopped.value.code == 143 and not run.is_running(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(write_grid, in_process, capsys):

@@ -92,7 +92,8 @@ def vision(name: str = "vision") -> list[str]:
     return [
         "| " + " | ".join([
             *ON_PICTURES[label], str(len(own)), shown(column(own, "accuracy"), 100, "z.1f"),
-            "" if own is alone else shown(column(own, "accuracy", alone), 100, "+z.1f"),
+            "" if own is alone or len(own) > len(alone)
+            else shown(column(own, "accuracy", alone), 100, "+z.1f"),
             *("0, by proof" if own is alone else shown(column(own, one[0]), *one[1:])
               for one in planes),
         ]) + " |"

@@ -16,6 +16,7 @@ from mmpeft.compare.figures import draw_front, draw_ranks
 from mmpeft.compare.grid import Cell, GridConfig, load_grid
 from mmpeft.compare.table import as_csv, as_markdown, cells_as_csv, pool
 from mmpeft.config import RunConfig, from_mapping
+from mmpeft.stopping import sigterm_raises
 from mmpeft.yaml_file import read_yaml
 
 GRID = "grid.json"
@@ -168,7 +169,8 @@ def run_one(folder: Path, cell: Cell, sections: dict) -> str | None:
 def start(own: Path, log, lock: int) -> int:
     """The exit code of a cell's process, which holds the lock too."""
     command = [sys.executable, "-m", "mmpeft.compare.cell", str(own)]
-    return subprocess.run(command, stdout=log, stderr=log, pass_fds=[lock]).returncode
+    with sigterm_raises():  # which ends the cell too
+        return subprocess.run(command, stdout=log, stderr=log, pass_fds=[lock]).returncode
 
 
 def refuse_changed(folder: Path, cells: list[Cell], sections: dict, path) -> None:

@@ -73,7 +73,7 @@ def write_replay(path: Path, rows: int, words: int) -> str:
 
 def bench(arguments) -> dict:
     """The report that ``--json`` prints."""
-    from mmpeft.train import environment
+    from mmpeft.run_folder import environment
 
     with tempfile.TemporaryDirectory(prefix="mmpeft-aids-") as folder:
         folder, count = Path(folder), itertools.count()

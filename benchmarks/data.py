@@ -92,7 +92,7 @@ def processor_seconds() -> float:
 
 def bench(rows: int, workers: list[int]) -> dict:
     """The report that ``--json`` prints."""
-    from mmpeft.train import environment
+    from mmpeft.run_folder import environment
 
     with tempfile.TemporaryDirectory(prefix="mmpeft-data-") as folder:
         path = Path(folder) / "rows.jsonl"

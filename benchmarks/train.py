@@ -181,7 +181,7 @@ def summary(arguments, stacks, loading, turns, body) -> dict:
     """The report without the levers and further seeds."""
     import torch
 
-    from mmpeft.train import environment
+    from mmpeft.run_folder import environment
 
     per_epoch = arguments.images
     first = {name: loading[name] + turns[name][0]["seconds"] for name in turns}

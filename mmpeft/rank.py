@@ -28,7 +28,8 @@ from mmpeft.config import RunConfig, of_rank
 from mmpeft.data import ConversationDataset, Samples, hold_out, row_groups
 from mmpeft.nonfinite import NonFinite
 from mmpeft.retention.sides import evaluation
-from mmpeft.train import total_steps, train_stage
+from mmpeft.train import train_stage
+from mmpeft.trainer import total_steps
 
 SCHEMA = "mmpeft.rank/1"
 FILE = "rank_search.json"

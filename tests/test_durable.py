@@ -20,9 +20,11 @@ from transformers.trainer_pt_utils import safe_globals
 import mmpeft
 from mmpeft import cli, durable, feature_cache, feature_setup, nonfinite
 from mmpeft.feature_store import FeatureStore
+from mmpeft.run_folder import differing, start_run_folder
 from mmpeft.stopping import Stopped, worker_died
 from mmpeft.tasks.messages import Messages
-from mmpeft.train import BridgeTrainer, differing, start_run_folder, total_steps, train
+from mmpeft.train import train
+from mmpeft.trainer import BridgeTrainer, total_steps
 
 from .conftest import assistant, user
 from .test_train import losses
@@ -361,7 +363,7 @@ def test_stopped_in_the_middle_of_everything_and_resumed_is_the_same(recipe, har
 def test_a_signal_ends_the_command_in_a_line(recipe, monkeypatch, capfd, number, code):
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(
-        "mmpeft.train.MetricsFile.on_step_begin", At(3, signalled(number)).on_step_begin
+        "mmpeft.metrics_file.MetricsFile.on_step_begin", At(3, signalled(number)).on_step_begin
     )
     assert cli.main(["train", str(recipe), *SHORT]) == code
     said = capfd.readouterr().err

@@ -310,7 +310,7 @@ def test_several_chats_a_sample(recipe, encoded):
 
 
 def test_an_interrupted_epoch_is_kept_and_the_run_goes_on(recipe, encoded, monkeypatch):
-    from mmpeft.train import BridgeTrainer
+    from mmpeft.trainer import BridgeTrainer
 
     reference = losses(cached(recipe, name="whole"))
     shutil.rmtree(recipe.parent / "features")

@@ -26,7 +26,7 @@ from mmpeft import BridgeForConditionalGeneration
 from mmpeft.adapter_steps import steps_of
 from mmpeft.adapters import REFUSED, adapter_parameters, attach_adapter, set_trainable
 from mmpeft.gate import GATES
-from mmpeft.train import _by_decay
+from mmpeft.trainer import _by_decay
 from mmpeft.tuners.adamix import AdaMixConfig
 from mmpeft.tuners.adaptive_prefix import AdaptivePrefixConfig
 from mmpeft.tuners.bitfit import BitFitConfig

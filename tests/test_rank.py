@@ -148,7 +148,7 @@ def test_the_rank_is_found_before_instruct_and_the_connector_left_alone(recipe, 
 def test_a_search_that_is_stopped_says_that_it_begins_anew(recipe, monkeypatch):
     """No step of a candidate is one that the stage goes on from."""
     stop = At(2, signalled(signal.SIGTERM)).on_step_begin
-    monkeypatch.setattr("mmpeft.train.MetricsFile.on_step_begin", stop)
+    monkeypatch.setattr("mmpeft.metrics_file.MetricsFile.on_step_begin", stop)
     with pytest.raises(Stopped, match="^with --resume, the search for a rank begins anew.$"):
         train(recipe, [*AUTO, "--align", "null"])
 

@@ -51,7 +51,8 @@ def test_align_trains_the_connector_and_leaves_the_adapter(recipe, capsys):
 def test_each_part_has_its_learning_rate(recipe):
     from mmpeft import config
     from mmpeft.data import Collator, ConversationDataset
-    from mmpeft.train import BridgeTrainer, build
+    from mmpeft.train import build
+    from mmpeft.trainer import BridgeTrainer
 
     parsed, _ = config.load(recipe)
     model, processor = build(parsed)

@@ -55,7 +55,7 @@ def run_cell(folder) -> dict:
     Returns:
         ``result.json``, see docs/json.md.
     """
-    from mmpeft.train import environment
+    from mmpeft.run_folder import environment
 
     folder = Path(folder)
     cell = from_mapping(CellConfig, read_yaml(folder / "cell.yaml", "cell"), folder / "cell.yaml")

@@ -87,7 +87,9 @@ def kill_worker(draw: random.Random) -> None:
 
 @pytest.mark.parametrize("kind", ["torn", "full", "limit", "worker"])
 def test_faults(recipe, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("mmpeft.train.draw_loss", lambda rows, path: durable.write(path, "drawn"))
+    monkeypatch.setattr(
+        "mmpeft.metrics_file.draw_loss", lambda rows, path: durable.write(path, "drawn")
+    )
     draw, began, log = random.Random(SEED), time.time(), tmp_path / "log"
     expected = tmp_path / "whole"
     uninterrupted(lambda: train(recipe, [*OPTIONS, "--output_dir", str(expected)]))

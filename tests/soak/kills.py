@@ -88,7 +88,9 @@ def report(name: str, kills: int, torn: int, runs: int, began: float) -> None:
 @pytest.mark.parametrize("scenario", ["cached", "workers"])
 def test_training(recipe, jsonl, tmp_path, scenario, monkeypatch):
     # drawing would be most of the work; the file is written all the same
-    monkeypatch.setattr("mmpeft.train.draw_loss", lambda rows, path: durable.write(path, "drawn"))
+    monkeypatch.setattr(
+        "mmpeft.metrics_file.draw_loss", lambda rows, path: durable.write(path, "drawn")
+    )
     began, draw = time.time(), random.Random(SEED)
     text = [{"messages": [user(f"say {i}"), assistant("words " * 4)]} for i in range(3)]
     options = [*SAVING, *(CACHED if scenario == "cached" else WORKERS)]

@@ -50,6 +50,8 @@ def explain(message: str, known: Known) -> str:
     message = " ".join(message.split())
     if (found := UNKNOWN_OPTION.search(message)) and found[1] in known.options:
         hint = did_you_mean(found[2], known.options[found[1]])
+        if found[2] in known.keys:  # of a section, not of a part
+            hint = f" Did you mean {known.keys[found[2]] + found[2]!r}?"
         return f"unknown key {found[2]!r} of {found[1]}.{hint}"
     if found := UNKNOWN_KEY.search(message):
         return unknown_key(".".join(filter(None, found.groups())), known)
@@ -103,6 +105,8 @@ def _bad_value(message: str) -> str | None:
     near = difflib.get_close_matches(value[1], words, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     name = ".".join(key[1] for key in keys)
+    if value[1] == "auto" and name.endswith(".r"):
+        hint = " For a search set model.rank: auto."
     return f"{name} is {value[1]!r}; use {_either(words + types)}.{hint}"
 
 

@@ -181,6 +181,8 @@ def test_a_key_of_transformers_that_would_do_nothing_or_harm_is_refused(
         (["--align", "null", "--instruct", "null"], "there is no stage to train; set align"),
         (["--instruct", "yes"], "instruct is .*yes.*; write its keys below it, or null"),
         (["--model.resolution", "tiles"], "resolution"),
+        (["--model.adapter.r", "auto"], "use a whole number. For a search set model.rank: auto.$"),
+        (["--model.adapter.rank", "auto"], "'rank' of LoraConfig. Did you mean 'model.rank'?"),
     ],
 )  # fmt: skip
 def test_values_that_train_nothing_are_refused(tmp_path, words, message):

@@ -35,6 +35,8 @@ ON_PICTURES = {  # with the adapter's learning rate
     "bitfit": ("BitFit, biases added", "1e-3"),
     "bitfit_1e-2": ("BitFit, biases added", "1e-2"),
     "llama_adapter": ("LLaMA-Adapter", "5e-3"),
+    "prefix": ("prefix, 20 tokens a layer", "5e-3"),
+    "prompt": ("prompt, 20 tokens", "1e-2"),
 }
 RETENTION = [("retention_text", 100, "+z.1f"), ("retention_prose", -100, "+z.1f")]
 

@@ -311,7 +311,6 @@ PIECES = ["</s>", "<s>", "<unk>", "<|user|>", "<wide>", "<right>", "</s", "bl", 
           " ", "  ", "\n", "Answer: b", "é", "."]  # fmt: skip
 
 
-@pytest.mark.parametrize("odd", [[], ODD_TOKENS, [*ODD_TOKENS, ALONE]])
 @pytest.mark.parametrize("words", ["no", "> no", "no <", "the </s> no"])
 def test_what_the_tokenizer_puts_around_a_text_stays(processor, words):
     processor.add_special_tokens = True
@@ -323,6 +322,7 @@ def test_what_the_tokenizer_puts_around_a_text_stays(processor, words):
     assert encode(processor, [{"role": "user", "content": words}])[0] == ids[1:]
 
 
+@pytest.mark.parametrize("odd", [[], ODD_TOKENS, [*ODD_TOKENS, ALONE]])
 def test_what_is_remembered_of_a_text_changes_no_token(processor, odd):
     tokenizer = processor.tokenizer
     tokenizer.add_tokens(odd)

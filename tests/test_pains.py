@@ -64,7 +64,7 @@ def test_a_run_in_which_nothing_is_learned(tiny, tmp_path):
         "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
         "{{ message['content'] + '<|im_end|>' }}{% generation %}{% endgeneration %}",
     )
-    refused(chats_file(tmp_path, [GOOD]), processor, "line 1: .*no assistant token to learn from")
+    refused(chats_file(tmp_path, [GOOD]), processor, "line 1: .*blocks do not hold what")
 
 
 def test_more_images_than_placeholders_without_the_row(tiny, tmp_path):

@@ -42,6 +42,13 @@ def test_one_seed_has_the_interval_of_its_rows_and_says_so():
     assert "0 (exact)" in text
 
 
+def test_percent_is_said_of_tables_with_an_accuracy():
+    cell = result({"m": "a"}, 0, 0.5)
+    assert "50 test rows; accuracy in percent" in table.notes(pooled([cell], {"m": ["a"]}))[0]
+    cell["score"]["metrics"] = {"bleu": cell["score"]["metrics"]["accuracy"]}
+    assert table.notes(pooled([cell], {"m": ["a"]}))[0] == "t, 50 test rows"
+
+
 def test_the_front_is_what_nothing_beats_on_both_axes():
     points = [(0.9, -0.10), (0.8, -0.02), (0.7, -0.02), (0.6, 0.0), (0.6, 0.0), (0.85, -0.2)]
     assert table.front(points) == [True, True, False, True, True, False]

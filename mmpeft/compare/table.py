@@ -215,7 +215,8 @@ def notes(report: dict) -> list[str]:
     kinds = {one["interval"] for one in measured if one is not None}
     said = ["no cell is complete yet"]
     if report["rows"]:
-        said = [f"{report['task']}, {report['n']} test rows; accuracy in percent"]
+        unit = "; accuracy in percent" if "accuracy" in report["metrics"] else ""
+        said = [f"{report['task']}, {report['n']} test rows{unit}"]
     if "seeds" in kinds:
         said.append("[95% interval]: Student's t over the seeds, all on the same test rows")
     if "rows" in kinds:

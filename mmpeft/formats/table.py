@@ -7,7 +7,7 @@ encoded until the processor opens them.
 import csv
 import glob
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -104,9 +104,7 @@ def read_csv(path: Path, file: str, separator: str) -> Table:
     limit = csv.field_size_limit(2**31 - 1)  # fields may hold pictures
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.reader(lines, delimiter=separator)
-            header = next(table, [])
-            _check_widths(table, file, len(header))
+            header = _check_lines(lines, separator, file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: no table in UTF-8 ({one_line(str(error))}).") from None
     finally:
@@ -124,16 +122,36 @@ def read_csv(path: Path, file: str, separator: str) -> Table:
     return Table(data, file, path.parent, empty_is_null=True)
 
 
-def _check_widths(table, file: str, width: int) -> None:
-    """Every row has ``width`` fields; ``datasets`` would fill up a shorter one."""
+def _check_lines(lines: Iterable[str], separator: str, file: str) -> list[str]:
+    """The header of a table whose every row ``datasets`` will read as it is written.
+
+    It would fill up a row with too few fields, and lose an empty first field behind a blank line
+    that a lone carriage return ends; of white space in quotes it has a row, ``csv`` none.
+    """
+    last = ""
+
+    def remembered() -> Iterator[str]:
+        nonlocal last
+        for last in lines:
+            yield last
+
+    table = csv.reader(remembered(), delimiter=separator)
+    header = next(table, [])
     line = table.line_num
     for fields in table:
-        blank = len(fields) < 2 and not "".join(fields).strip()
-        if len(fields) != width and not blank:
-            problem = f"has {len(fields)} fields, the header names {width} columns"
+        problem = None
+        if len(fields) < 2 and not last.strip():  # blank, which is none
+            if last.endswith("\r"):
+                problem, remedy = "is blank and ends in a lone carriage return", "leave it out"
+        elif len(fields) == 1 and fields[0].isspace():
+            problem, remedy = "is white space in quotes", "leave it out"
+        elif len(fields) != len(header):
+            problem = f"has {len(fields)} fields, the header names {len(header)} columns"
             remedy = "write every separator, and quotes around a text that holds one"
+        if problem:
             raise RowError(file, line + 1, "", problem, remedy, "line")
         line = table.line_num
+    return header
 
 
 def read_tables(kind: str, paths: list[Path], file: str) -> Table:

@@ -132,8 +132,9 @@ def _check_lines(lines: Iterable[str], separator: str, file: str) -> list[str]:
 
     def remembered() -> Iterator[str]:
         nonlocal last
-        for last in lines:
-            yield last
+        for line in lines:
+            last = line
+            yield line
 
     table = csv.reader(remembered(), delimiter=separator)
     header = next(table, [])

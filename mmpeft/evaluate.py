@@ -236,11 +236,9 @@ def _summary(metrics, controls, groups, seed, keep=slice(None)) -> dict:
 
 
 def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) -> list[float]:
-    """95%: Wilson's for ``accuracy``, else percentiles over redrawn groups of rows.
+    """95%: Wilson's of :func:`effective_rows` for ``accuracy``, else over redrawn groups of rows.
 
-    Wilson's takes rows as independent, so it is too narrow where rows of a group, such as questions
-    about one picture, are right or wrong together. Of a single group, nothing is redrawn: both ends
-    are the score.
+    Percentiles; of a single group, nothing is redrawn: both ends are the score.
 
     Args:
         groups: number of each row's group, see :func:`~mmpeft.data.row_groups`.
@@ -248,7 +246,8 @@ def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) ->
     from statsmodels.stats.proportion import proportion_confint
 
     if name == "accuracy":
-        return [float(end) for end in proportion_confint(rows.sum(), len(rows), method="wilson")]
+        n = effective_rows(rows, groups)
+        return [float(end) for end in proportion_confint(rows.mean() * n, n, method="wilson")]
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     random, n = np.random.default_rng(seed), len(members)
@@ -257,6 +256,30 @@ def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) ->
         for _ in range(RESAMPLES)
     ]
     return [float(end) for end in np.percentile(redrawn, (2.5, 97.5))]
+
+
+def effective_rows(rows: np.ndarray, groups: np.ndarray) -> float:
+    """How many independent rows would tell a share as well as these, which are alike in groups.
+
+    Rows over the design effect, the variance with groups over that without, and corrected for how
+    few groups there are (Korn and Graubard, Survey Methodology 24, 1998; that Wilson's interval
+    holds with it: Dean and Pagano, J. Survey Statistics and Methodology 3, 2015). Never more than
+    there are rows; where all are right, or all wrong, no variance is seen: one of each group.
+
+    Args:
+        rows: 0 or 1, ``(rows,)``.
+        groups: number of each row's group, ``(rows,)``.
+    """
+    from scipy.stats import t
+
+    apart = rows - rows.mean()
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], apart)
+    n, count = len(rows), len(sums)
+    if count == 1 or not apart.any():
+        return float(count)
+    effect = (count / (count - 1) * (sums**2).sum()) / (n / (n - 1) * (apart**2).sum())
+    few = t.ppf(0.975, n - 1) / t.ppf(0.975, count - 1)
+    return float(min(n, n / effect * few**2)) if effect else float(n)
 
 
 def _with_picture(prompt, picture):

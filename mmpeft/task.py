@@ -58,7 +58,7 @@ class Task:
     def group(self, row: dict) -> Hashable | None:
         """Rows of one group share their first messages and image; training may batch them.
 
-        Scores that are no accuracy have intervals over groups, since rows of one are alike.
+        Scores have intervals over groups, since rows of one are alike.
         """
         return None
 

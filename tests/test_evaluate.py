@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
+from statsmodels.api import OLS
+from statsmodels.stats.proportion import proportion_confint
 
 import mmpeft
 from mmpeft import evaluate as e
@@ -93,6 +96,31 @@ def test_rows_of_a_group_are_drawn_together():
     width = [high - low for low, high in (alone, apart, together)]
     assert width[2] == pytest.approx(width[0], rel=0.15)  # ten times the same says no more
     assert width[1] == pytest.approx(width[0] / np.sqrt(10), rel=0.15)
+
+
+def test_rows_that_are_alike_in_groups_count_for_fewer():
+    random = np.random.default_rng(0)
+    groups = random.permutation(np.repeat(np.arange(60), 5))
+    rows = (random.random(300) < random.random(60)[groups]).astype(float)  # alike in a group
+    model = OLS(rows, np.ones(300))
+    plain, robust = (
+        model.fit(**kind).bse[0] ** 2
+        for kind in ({}, {"cov_type": "cluster", "cov_kwds": {"groups": groups}})
+    )
+    few = t.ppf(0.975, 299) / t.ppf(0.975, 59)
+    assert robust > 1.5 * plain
+    assert e.effective_rows(rows, groups) == pytest.approx(300 * plain / robust * few**2)
+    low, high = interval("accuracy", rows, groups)
+    by_rows = interval("accuracy", rows, range(300))
+    assert by_rows == pytest.approx(proportion_confint(rows.sum(), 300, method="wilson"))
+    assert low < by_rows[0] < by_rows[1] < high
+
+
+def test_no_group_makes_rows_count_for_more():
+    opposed = np.tile([1.0, 0.0], 50)
+    assert e.effective_rows(opposed, np.repeat(np.arange(50), 2)) == 100
+    assert e.effective_rows(np.ones(100), np.repeat(np.arange(50), 2)) == 50
+    assert e.effective_rows(opposed, np.zeros(100, int)) == 1
 
 
 def test_withheld_has_no_image_and_shuffled_has_anothers(seen, images):

@@ -71,7 +71,15 @@ def no_mapping(key: str, value) -> str:
 
 
 def unknown_key(key: str, known: Known) -> str:
-    """A dotted key that no section has, with the nearest that one has."""
+    """A dotted key that no section has, with the nearest that its own has, or else another."""
+    prefix, parts = "", key.split(".")
+    while parts[0] in known.sections.get(prefix, ()) and parts[1:]:
+        prefix += parts.pop(0) + "."
+    here = known.sections.get(prefix, ())
+    near = [name for name in here if parts[0] in name.split("_")]
+    near = near or difflib.get_close_matches(parts[0], here, n=1, cutoff=0.55)
+    if near and near != parts[:1]:
+        return f"unknown key {parts[0]!r}. Did you mean {near[0]!r}?"
     of_parts = set().union(*known.options.values())
     every = known.keys.keys() | of_parts | {"class_path", "init_args"}
     wrong = next((part for part in key.split(".") if part not in every), None)
@@ -82,7 +90,6 @@ def unknown_key(key: str, known: Known) -> str:
         return f"unknown key {key!r}: {wrong} is an option of a part, write it under its init_args."
     near = difflib.get_close_matches(wrong, known.keys, n=1, cutoff=0.7)
     near = near or difflib.get_close_matches(wrong, every, n=1, cutoff=0.5)
-    here = known.sections.get(key.removesuffix(wrong))
     return f"unknown key {wrong!r}.{did_you_mean(wrong, found) if (found := near or here) else ''}"
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mmpeft.encoder import (
     OpenClipEncoderConfig,
     TimmEncoderConfig,
+    TransformersEncoderConfig,
     fuse_on_coarsest_grid,
     weights_hash,
 )
@@ -182,6 +183,12 @@ def test_a_layer_that_is_not_there():
     message = r"test_vit cannot encode 64 x 64 pixels with layers \[99\]"
     with pytest.raises(ValueError, match=message):
         timm_encoder("test_vit", image_size=64, layers=[99])
+
+
+def test_no_layer_at_all_is_refused():
+    for config in (TimmEncoderConfig, OpenClipEncoderConfig, TransformersEncoderConfig):
+        with pytest.raises(ValueError, match=r"layers: \[\] names none; name some"):
+            config(name="any", layers=[])
 
 
 def test_frozen_and_in_eval(encoder_dir):

@@ -38,6 +38,10 @@ class VisionEncoderConfig:
     tokens: Literal["patch", "all", "pooled"] = "patch"
     fit: Literal["stretch", "crop", "pad"] = "stretch"
 
+    def __post_init__(self):
+        if self.layers == []:
+            raise ValueError("layers: [] names none; name some, or leave it out for the last one.")
+
     def build(self, weights: bool = True) -> "VisionEncoder":
         """Load the pretrained encoder, frozen and in eval mode.
 

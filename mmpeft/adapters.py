@@ -168,6 +168,16 @@ def adapted_layers(language_model: nn.Module):
             yield name, layer
 
 
+def require_one_adapter(language_model: nn.Module) -> None:
+    """Raise ValueError if peft put another adapter beside the bridge's, or in its place."""
+    names = list(getattr(language_model, "peft_config", {"default": None}))
+    if names != ["default"]:
+        raise ValueError(
+            f"the language model has the adapters {', '.join(names)}, and a bridge serves the one "
+            "it was made with; load a bridge for each."
+        )
+
+
 def require_own_weights(language_model: nn.Module) -> None:
     """Refuse to merge adapters of layers that share a weight: it would take up all of them.
 

@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 
 from mmpeft import durable
+from mmpeft.adapter_scale import scale_of
+from mmpeft.adapters import require_one_adapter
 from mmpeft.language_model import embedding_size, load_language_model
 from mmpeft.weights import readable
 
@@ -89,7 +91,8 @@ def save(model, directory) -> None:
     """Write the trained parts, the config and the identities; an older adapter there goes.
 
     Raises:
-        ValueError: the adapter was merged into the LLM, which is not written.
+        ValueError: the adapter was merged into the LLM, which is not written; it is not the only
+            one, or is scaled for a while.
     """
     from safetensors.torch import save_file
 
@@ -97,6 +100,12 @@ def save(model, directory) -> None:
         raise ValueError(
             "the adapter was merged into the language model, which a checkpoint does not hold; "
             "save before merge_adapter, or save model.language_model and build a bridge on that."
+        )
+    require_one_adapter(model.language_model)
+    if (scale := scale_of(model.language_model)) != model.config.adapter_scale:
+        raise ValueError(
+            f"the adapter has scale {scale:g} for a while, which a checkpoint would not hold; save "
+            "it outside of scaled(), or set the scale with set_adapter_scale."
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,6 +164,8 @@ def load_model(
                 f"{found['sha256'][:12]}; load it onto the {part} it was trained on."
             )
     load_trained(model, directory, new_adapter=adapter is not None)
+    if config.adapter_scale != 1:
+        model.set_adapter_scale(config.adapter_scale)
     model.requires_grad_(False)
     if is_trainable:
         from mmpeft.adapters import set_trainable

@@ -152,8 +152,8 @@ class DataConfig:
             several chats a sample, of the images with all their chats. Drawn by the seed; of one
             seed a smaller share is part of every larger one.
         replay: a task whose text rows are mixed into stage instruct, so that the adapter keeps
-            the LLM's words (see ``mmpeft replay``); null mixes in none. Under gate sample text
-            never reaches the adapter, and replay has nothing to teach.
+            the LLM's words (see ``mmpeft replay``); null mixes in none. Under a gate text
+            never reaches the adapter: then it is refused, or read for a start by corda kpm alone.
         replay_share: share of the samples (not of their tokens) that are replay, between 0 and 1.
         start_samples: samples that an adapter's start out of data (init_lora_weights eva or corda)
             is made from.

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmpeft import adapters, checkpoint
+from mmpeft.adapter_scale import require_mergeable, set_scale
 from mmpeft.attention import NO_MASK
 from mmpeft.gate import Gate, gate_mask
 from mmpeft.language_model import as_bias
@@ -40,6 +41,7 @@ class BridgeConfig(PreTrainedConfig):
         connector: ``{"class_path", "init_args"}`` of a ``ConnectorConfig``.
         gate: where the adapter acts, see :mod:`mmpeft.gate`.
         resolution: fields of a :class:`~mmpeft.layout.ResolutionConfig`.
+        adapter_scale: of what the adapter does, 1 is as trained; see :mod:`mmpeft.adapter_scale`.
         identities: weights hash of each frozen part, checked when a checkpoint is loaded.
         processor: ``{"name", "revision"}`` of the published checkpoint whose own image processor,
             tokenizer and template an imported bridge keeps.
@@ -53,6 +55,7 @@ class BridgeConfig(PreTrainedConfig):
     vision_encoder: dict | None = None
     connector: dict | None = None
     gate: str = "none"
+    adapter_scale: float = 1.0
     resolution: dict | None = None
     identities: dict | None = None
     processor: dict | None = None
@@ -187,6 +190,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 mm_token_type_ids, attention_mask, past_key_values, inputs_embeds, packed
             )
         shut = adapter_mask is not None and not adapter_mask.all()
+        if shut:
+            adapters.require_one_adapter(self.language_model)  # others are not gated
         self._gate.mask = adapter_mask if shut else None
         self._gate.length = inputs_embeds.shape[1]
         if packed is not None:
@@ -404,7 +409,12 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def disable_adapter(self):
-        """Inside, the LLM is the untouched base; images still enter through the connector."""
+        """Inside, the LLM is the untouched base; images still enter through the connector.
+
+        Raises:
+            ValueError: the adapter was merged.
+        """
+        self._require_base()
         if not hasattr(self.language_model, "peft_config"):
             yield
             return
@@ -421,19 +431,42 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Take the adapter off and put an untrained one on: a peft config, see :meth:`from_parts`.
 
         The gate is as it was. Without ``new``, weights follow and no start is made.
+
+        Raises:
+            ValueError: the adapter was merged.
         """
-        base = self.language_model.unload()
+        self._require_base()
+        base = self.language_model
+        if hasattr(base, "peft_config"):
+            base = base.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config  # else peft takes the new one for a second
         self.language_model = adapters.attach_adapter(base, adapter, new)
+        self.config.adapter_scale = 1.0
         self._gate = Gate(self.language_model, self.config.gate)
         self.train(self.training)
+
+    def _require_base(self) -> None:
+        if self.merged:
+            raise ValueError(
+                "the adapter was merged into the language model, so its base is gone; load the "
+                "checkpoint again."
+            )
+
+    def set_adapter_scale(self, scale: float) -> None:
+        """Scale what the adapter does, from 0, the base, over 1, as trained; checkpoints keep it.
+
+        Raises:
+            ValueError: the scale is below 0 or not finite, or the adapter cannot be scaled.
+        """
+        set_scale(self.language_model, scale)
+        self.config.adapter_scale = float(scale)
 
     def merge_adapter(self):
         """Fold the adapter into the LLM's weights, in place; only for gate ``none``.
 
         Raises:
-            ValueError: there is a gate, or the method or the LLM does not allow it.
+            ValueError: there is a gate, or the method, its scale or the LLM does not allow it.
         """
         if self.config.gate != "none":
             raise ValueError(
@@ -442,6 +475,7 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if hasattr(self.language_model, "peft_config"):
             adapters.require_own_weights(self.language_model)
+            require_mergeable(self.language_model)
             self.language_model = self.language_model.merge_and_unload()
             self.merged = True
         return self
@@ -476,7 +510,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Options of transformers about large weights have nothing to change.
 
         Raises:
-            ValueError: ``push_to_hub``, or the adapter was merged.
+            ValueError: ``push_to_hub``; the adapter was merged, is not the only one, or has a scale
+                that :meth:`set_adapter_scale` did not give it.
         """
         if push_to_hub:
             raise ValueError(

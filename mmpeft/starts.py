@@ -63,14 +63,14 @@ def check(config) -> None:
             f"model.rank: auto tries ranks of plain starts, adapter has init_lora_weights {how!r}; "
             "look for the rank without, then set model.rank to it."
         )
-    if _preserves(config.model.adapter) and config.data.replay is None:
+    if preserves(config.model.adapter) and config.data.replay is None:
         raise ValueError(
             "adapter: corda_method 'kpm' preserves what the LLM does on rows of text, of which "
             "there are none; set data.replay (mmpeft replay writes one), or corda_method: ipm."
         )
 
 
-def _preserves(adapter) -> bool:
+def preserves(adapter) -> bool:
     """Whether it is CorDA's knowledge-preserved mode."""
     options = getattr(adapter, "corda_config", None)
     return start_of(adapter) == "corda" and options is not None and options.corda_method == "kpm"
@@ -227,7 +227,7 @@ def start_from_data(model, config, data, cache=None) -> None:
     how = start_of(adapter)
     if how not in FROM_DATA:
         return
-    dataset = data.replay if _preserves(adapter) else data.instruct
+    dataset = data.replay if preserves(adapter) else data.instruct
     drawn = some(dataset, config.data.start_samples)
     if isinstance(drawn, list):
         drawn.sort()  # as the rows lie, like those of a stream

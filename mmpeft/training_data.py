@@ -12,6 +12,7 @@ from mmpeft.config import RunConfig
 from mmpeft.data import ConversationDataset
 from mmpeft.language_model import branch_limit
 from mmpeft.mixture import Mixture, shared_out, with_replay
+from mmpeft.starts import preserves
 from mmpeft.streaming import FIRST, StreamDataset
 from mmpeft.task import Task
 
@@ -25,7 +26,7 @@ class TrainingData:
             sources with pictures, else ``vision``.
         replay: rows of ``data.replay``, or ``None``.
         instruct: what stage instruct learns from: the mixture or ``vision``, with the replay mixed
-            in.
+            in where the gate lets it through.
         sources: every data set that some stage reads, once.
         bad_rows: what was passed over of any of them.
     """
@@ -75,7 +76,7 @@ class TrainingData:
             align = rows
         replay = None if data.replay is None else dataset(data.replay)
         instruct = rows
-        if replay is not None:
+        if replay is not None and teaches(replay, config, model.config.gate):
             instruct = with_replay(rows, replay, data.replay_share, config.seed)
         read = {"align": align, "instruct": instruct}
         for stage in list(read):
@@ -134,6 +135,24 @@ def has_pictures(dataset: ConversationDataset) -> bool:
     every = tqdm(every, desc=f"pictures of {dataset.task.name}", delay=3, leave=False)
     dataset.seeing = any(dataset.pictures(one)[0] for one in every)
     return dataset.seeing
+
+
+def teaches(replay: ConversationDataset, config: RunConfig, gate: str) -> bool:
+    """Whether stage instruct can learn from replay, or else only the adapter's start reads it.
+
+    Raises:
+        ValueError: nothing does: it is text alone, which a gate keeps from the adapter.
+    """
+    if gate == "none" or config.instruct is None or has_pictures(replay):
+        return True
+    idle = f"under gate {gate!r} text never reaches the adapter and stays the base's to the bit"
+    if preserves(config.model.adapter):
+        print(f"data.replay is read for the adapter's start alone: {idle}.", file=sys.stderr)
+        return False
+    raise ValueError(
+        f"data.replay has no picture, and {idle}, so nothing would be learned from it; leave it "
+        "out, or set model.gate to none."
+    )
 
 
 def refuse_idle_parts(data: TrainingData, config: RunConfig, gate: str) -> None:

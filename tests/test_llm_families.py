@@ -5,11 +5,11 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mmpeft.adapter_scale import scaled
 from mmpeft.adapters import adapted_layers, adapter_parameters, attach_adapter
 from mmpeft.attention import serve_packed_rows
 from mmpeft.gate import Gate, gate_mask
 from mmpeft.language_model import attends_alone, branch_limit
-from mmpeft.retention.dial import scaled
 from mmpeft.speed import can_pack
 from mmpeft.trial import find_tokens_third, find_unserved
 from mmpeft.tuners.bitfit import BitFitConfig

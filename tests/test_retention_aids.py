@@ -407,11 +407,15 @@ def test_a_recipe_with_a_start(recipe, replay, capsys, monkeypatch, how, options
     recipe.write_text(
         written.replace("r: 4,", f"r: 2, init_lora_weights: {how}, {options and options + ', '}")
     )
+    if "kpm" not in options:
+        replay = []
     given = [*replay, "--data.start_samples", "8", "--speed.feature_cache", "on",
              "--speed.feature_cache_dir", str(recipe.parent / "features")]  # fmt: skip
     run = train(recipe, given)
     expected = "" if how == "pissa" else f"adapter: starts by {how} from"
-    assert expected in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert expected in said
+    assert ("replay is read for the adapter's start alone: under gate" in said) == bool(replay)
     model, _ = mmpeft.load(run)
     ids = torch.arange(12)[None]
     trained = model.language_model(ids).logits
@@ -459,7 +463,7 @@ def peft_adapters():
 @pytest.mark.parametrize("name", peft_adapters())
 @pytest.mark.parametrize("gate", ["none", "sample"])
 def test_the_dial_goes_from_the_base_to_the_adapter(make_bridge, images, name, gate):
-    from mmpeft.retention.dial import scaled
+    from mmpeft.adapter_scale import scaled
     from mmpeft.retention.sides import adapter_state, hash_weights
 
     model, processor = make_bridge(gate, adapter=peft_adapters()[name])
@@ -492,7 +496,7 @@ def test_the_dial_goes_from_the_base_to_the_adapter(make_bridge, images, name, g
 
 def test_the_dial_interpolates_the_weights(make_bridge):
     """For what replaces a layer's weight, as for LoRA."""
-    from mmpeft.retention.dial import scaled
+    from mmpeft.adapter_scale import scaled
     from mmpeft.tuners.full import FullTuningConfig
 
     ids = torch.arange(9)[None]
@@ -516,12 +520,12 @@ def test_the_dial_interpolates_the_weights(make_bridge):
 
 
 def test_what_the_dial_cannot_scale(make_bridge):
-    from mmpeft.retention.dial import scalable_layers
+    from mmpeft.adapter_scale import scalable_layers
     from mmpeft.tuners.llama_adapter import LlamaAdapterConfig
     from mmpeft.tuners.prefix import PrefixConfig
 
     model, _ = make_bridge("none", adapter=None)
-    with pytest.raises(ValueError, match="there is none; leave --scales out"):
+    with pytest.raises(ValueError, match="there is none; leave the scale out"):
         scalable_layers(model.language_model)
     model, _ = make_bridge("none", adapter=LlamaAdapterConfig())
     assert scalable_layers(model.language_model)  # its softmax is its own

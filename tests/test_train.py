@@ -94,6 +94,13 @@ def test_replay_joins_stage_instruct_and_only_that(recipe, replay, capsys):
     assert not (recipe.parent / "gone").exists()
 
 
+def test_replay_that_a_gate_keeps_from_the_adapter_is_refused(recipe, replay):
+    for gate in ("sample", "image_tokens", "after_image"):
+        with pytest.raises(ValueError, match=f"no picture, and under gate '{gate}' text never"):
+            train(recipe, [*replay, "--model.gate", gate])
+    assert not (recipe.parent / "run").exists()
+
+
 def test_stage_align_learns_from_its_own_task(recipe, jsonl, capsys):
     picture = {"type": "image", "image": "0.png"}
     captions = [{"messages": [user(), assistant("an owl " * i)]} for i in (1, 2)]

@@ -84,7 +84,7 @@ class Layer(nn.Module, BaseTunerLayer):
 
     Attributes:
         gate: the bridge's :class:`~mmpeft.gate.Gate`; ``None`` is open.
-        dial: what the adapter's part of the output is scaled by, see :mod:`mmpeft.retention.dial`.
+        dial: what the adapter's part of the output is scaled by, see :mod:`mmpeft.adapter_scale`.
     """
 
     gate = None

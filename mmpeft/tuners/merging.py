@@ -57,7 +57,7 @@ class MergingLayer(Layer):
         return (p for name in self.adapter_layer_names for p in getattr(self, name).parameters())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put them into the module.
+        """Put them into the module, scaled as the dial says.
 
         Raises:
             ValueError: ``safe_merge``, and one is not finite.
@@ -65,13 +65,20 @@ class MergingLayer(Layer):
         if self.merged:
             return
         with torch.no_grad():
-            values = {name: value.clone() for name, value in self.adapted_parameters().items()}
+            values = {name: self._scaled(name, value)
+                      for name, value in self.adapted_parameters().items()}  # fmt: skip
         if safe_merge and not all(value.isfinite().all() for value in values.values()):
             raise ValueError("the adapter holds values that are not finite.")
         self._before = {name: getattr(self.base_layer, name) for name in values}
         for name, value in values.items():
             setattr(self.base_layer, name, nn.Parameter(value, requires_grad=False))
         self.merged_adapters = [self.adapter_name]
+
+    def _scaled(self, name: str, adapted: Tensor) -> Tensor:
+        """Between the module's own and the adapted parameter, as far as the dial says."""
+        own = getattr(self.base_layer, name)
+        own = torch.zeros_like(adapted) if own is None else own
+        return adapted.clone() if self.dial == 1 else own.lerp(adapted, self.dial)
 
     def unmerge(self) -> None:
         """Put the module's own back, to the bit; in the type and place that it now has."""

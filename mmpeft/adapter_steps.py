@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora import AdaLoraConfig, AdaLoraModel
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -18,6 +18,28 @@ def steps_of(language_model):
     if isinstance(tuner, Tuner):
         return tuner
     return AdaLoraSteps(tuner) if isinstance(tuner, AdaLoraModel) else None
+
+
+def check_schedule(adapter, steps: int) -> None:
+    """Refuse an AdaLoRA whose schedule does not fit a stage; any other adapter has none.
+
+    Raises:
+        ValueError: it leaves no step to move ranks in, or no rank to give up.
+    """
+    if not isinstance(adapter, AdaLoraConfig):
+        return
+    if adapter.target_r >= adapter.init_r:
+        raise ValueError(
+            f"adapter: target_r {adapter.target_r} must be less than init_r {adapter.init_r}; "
+            "AdaLoRA starts with more ranks than it keeps."
+        )
+    if adapter.deltaT < 1:
+        raise ValueError(f"adapter: deltaT is {adapter.deltaT}; ranks move every 1 step or more.")
+    if adapter.tinit >= steps - adapter.tfinal:
+        raise ValueError(
+            f"adapter: tinit {adapter.tinit} and tfinal {adapter.tfinal} leave none of the {steps} "
+            "steps to move ranks in; lower them."
+        )
 
 
 class AdaLoraSteps:
@@ -37,20 +59,10 @@ class AdaLoraSteps:
         """Fit the schedule to the stage.
 
         Raises:
-            ValueError: it leaves no step to move ranks in, or no rank to give up.
+            ValueError: as :func:`check_schedule`.
         """
-        tinit, tfinal = self.config.tinit, self.config.tfinal
-        if self.config.target_r >= self.config.init_r:
-            raise ValueError(
-                f"adapter: target_r {self.config.target_r} must be less than init_r "
-                f"{self.config.init_r}; AdaLoRA starts with more ranks than it keeps."
-            )
-        if tinit >= steps - tfinal:
-            raise ValueError(
-                f"adapter: tinit {tinit} and tfinal {tfinal} leave none of the {steps} steps to "
-                "move ranks in; lower them."
-            )
-        if not self._begun and step >= steps - tfinal:  # resumed in the last phase
+        check_schedule(self.config, steps)
+        if not self._begun and step >= steps - self.config.tfinal:  # resumed in the last phase
             self._pattern = self._ranks_left()
         self._begun = True
         if steps == self.config.total_step:

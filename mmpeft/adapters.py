@@ -84,6 +84,11 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
             f"adapter {type(adapter).__name__} does not serve these layers ({error}); choose other "
             "target_modules, or another method, for example LoraConfig."
         ) from error
+    except ArithmeticError as error:  # of a size that peft does not check
+        raise ValueError(
+            f"adapter {type(adapter).__name__} cannot have these sizes ({error}); mend r, or what "
+            "else sets its size."
+        ) from error
     _require_targets_kept(asked, parameters, wrapped)
     if before is not None and not is_base_when_off(wrapped, before):
         raise ValueError(
@@ -125,6 +130,10 @@ def _require_targets_kept(asked, parameters: set[str], wrapped) -> None:
 
 def _require_addition(adapter) -> None:
     """Refuse what would change the LLM itself, or be dropped without a word."""
+    if adapter.peft_type is None:
+        raise ValueError(
+            f"adapter {type(adapter).__name__} is no method; name one, for example LoraConfig."
+        )
     if adapter.is_prompt_learning:
         raise ValueError(
             f"adapter {type(adapter).__name__} puts prompts of its own kind in front of the text, "

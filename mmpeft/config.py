@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Transform
 import mmpeft.connectors
 import mmpeft.tasks
 import mmpeft.tuners  # noqa: F401 (importing them makes their classes known by short name)
-from mmpeft.config_errors import Known, explain, no_mapping, unknown_key
+from mmpeft.config_errors import Known, bad_part, explain, no_mapping, unknown_key
 from mmpeft.connector import ConnectorConfig
 from mmpeft.encoder import VisionEncoderConfig
 from mmpeft.layout import ResolutionConfig
@@ -101,14 +101,16 @@ def of_rank(adapter: PeftConfig | None, rank: int) -> PeftConfig:
             f"{f'adapter {name} {reason}' if adapter else 'there is no model.adapter'}; set "
             "model.rank to null."
         )
-    if getattr(adapter, "rank_pattern", None):
-        raise ValueError("model.rank and the adapter's rank_pattern set ranks; leave one out.")
+    for option in ("rank_pattern", "rank"):  # the latter is DyLoRA's
+        if getattr(adapter, option, None):
+            raise ValueError(f"model.rank and the adapter's {option} set ranks; leave one out.")
     return dataclasses.replace(adapter, r=rank)
 
 
 SETS_NO_RANK = {
     "AdaLoraConfig": "moves ranks from init_r to target_r while it trains",
     "OFTConfig": "counts blocks by r",
+    "RandLoraConfig": "has fewer weights the larger its r",
 }
 
 
@@ -451,6 +453,8 @@ def _parsed(cls: type, mapping: dict, where, sections: dict, parse) -> tuple:
     """An instance and its resolved form."""
     from jsonargparse import ArgumentError, Namespace
 
+    if problem := bad_part(mapping):
+        raise ValueError(f"{where}: {problem}")
     run_parser = parser(cls)
     try:
         with warnings.catch_warnings():

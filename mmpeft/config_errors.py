@@ -44,6 +44,13 @@ TYPES = {
     "<class 'list'>": "a list, as '[a, b]'", "<class 'dict'>": "keys and values",
 }  # fmt: skip
 
+# what names a class, and how; jsonargparse takes it for options of the base class otherwise
+PARTS = (
+    "model.vision_encoder", "model.connector", "model.adapter", "data.task", "data.align",
+    "data.replay", "evaluate.task",
+)  # fmt: skip
+PART = "{class_path: NAME, init_args: {OPTION: VALUE}}"
+
 
 def explain(message: str, known: Known) -> str:
     """An error of jsonargparse in one line, with the nearest valid key, class or value."""
@@ -62,6 +69,28 @@ def explain(message: str, known: Known) -> str:
     if found := NO_MAPPING.search(message):
         return no_mapping(found[1], found[2])
     return _bad_value(message) or message
+
+
+def bad_part(mapping: Mapping) -> str | None:
+    """What is wrong with how a part of a configuration is written, before its options are read."""
+    for path in PARTS:
+        section, name = path.split(".")
+        part = mapping.get(section)
+        part = part.get(name) if isinstance(part, Mapping) else None
+        if isinstance(part, list):
+            return f"{path} is a list; write one part, as {PART}."
+        if not isinstance(part, Mapping):
+            continue
+        if "class_path" not in part:
+            has = f"has {', '.join(map(str, part))} but no" if part else "is empty, it has no"
+            return f"{path} {has} class_path; write {PART}, or null for none."
+        if beside := [key for key in part if key not in ("class_path", "init_args", "dict_kwargs")]:
+            return f"{path} has {', '.join(map(str, beside))} beside class_path; write {PART}."
+        if not isinstance(part.get("init_args", {}), Mapping):
+            return (
+                f"{path}.init_args is {part['init_args']!r}; write keys below it, or leave it out."
+            )
+    return None
 
 
 def no_mapping(key: str, value) -> str:

@@ -371,6 +371,15 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs.pop(name, None)
         return inputs
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, **options):
+        """As upstream, but images are not cut into chunks: they are encoded by now, all at once."""
+        images = any(model_kwargs.get(name) is not None for name in IMAGE_INPUTS)
+        if images and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "images enter in one piece: leave out prefill_chunk_size, or pass text alone."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, **options)
+
     def stop_at(self, ends: list[int]) -> None:
         """End replies at these tokens, too; the LLM's own ``generation_config`` stays as it is."""
         own = self.generation_config.eos_token_id

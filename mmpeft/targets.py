@@ -63,9 +63,11 @@ def _usual_of_ia3(language_model: nn.Module) -> list[str]:
     """What (IA)^3 scales: as peft has it for this LLM, else keys, values and within the FFN."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
-    names = [name for name, module in language_model.named_modules() if _is_linear(module)]
+    head = language_model.get_output_embeddings()
+    names = [name for name, module in language_model.named_modules()
+             if _is_linear(module) and module is not head]  # fmt: skip
     usual = TARGETS.get(language_model.config.model_type)
-    if usual and set(usual) <= set(last_parts(names)):  # else they were, before transformers 5
+    if usual and all(_named(names, one) for one in usual):  # else they were, before transformers 5
         return usual
     if not {"k_proj", "v_proj"} <= set(last_parts(names)):
         raise ValueError(
@@ -119,6 +121,13 @@ def resolve_targets(
     if targets == "all-linear":
         return found
     if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: {targets!r} is no regular expression ({error}); names go into a "
+                "list, as [q_proj, v_proj]."
+            ) from None
         matched = {targets: [name for name in found if re.fullmatch(targets, name)]}
     else:
         matched = {target: _named(found, target) for target in targets}

@@ -7,7 +7,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mmpeft import adapters, checkpoint, durable, starts, text_kl
-from mmpeft.adapter_steps import AdapterSteps, steps_of
+from mmpeft.adapter_steps import AdapterSteps, check_schedule, steps_of
 from mmpeft.calibration import calibrate
 from mmpeft.config import STAGES, RunConfig, load
 from mmpeft.data import Collator, ConversationDataset
@@ -103,7 +103,7 @@ def start_adapter(model, config: RunConfig, data: TrainingData, cache, begun: Pa
 
 
 def check_stages(config: RunConfig, data: TrainingData, model) -> None:
-    """Refuse a stage without optimizer or batch, or that ends before retention is measured."""
+    """Refuse a stage without optimizer or batch, or too short for AdaLoRA or retention."""
     for name, rows in (("align", data.align), ("instruct", data.instruct)):
         stage = getattr(config, name)
         if stage is None:
@@ -116,13 +116,17 @@ def check_stages(config: RunConfig, data: TrainingData, model) -> None:
                 f"{name}: {len(rows)} samples are less than a batch of {stage.train_batch_size}, "
                 "which dataloader_drop_last drops; lower per_device_train_batch_size."
             )
-    if config.retention is not None:
-        steps = total_steps(config.instruct, len(data.instruct))
-        if (every := config.retention.every_steps) > steps:
-            raise ValueError(
-                f"retention.every_steps is {every}, but stage instruct has {steps} steps; nothing "
-                "would be measured. Lower it, or set retention to null."
-            )
+    if config.instruct is None:
+        return
+    streamed = isinstance(data.instruct, StreamDataset)
+    steps = total_steps(config.instruct, 0 if streamed else len(data.instruct))
+    check_schedule(getattr(model.language_model, "peft_config", {}).get("default"), steps)
+    every = config.retention.every_steps if config.retention is not None else 0
+    if every > steps:
+        raise ValueError(
+            f"retention.every_steps is {every}, but stage instruct has {steps} steps; nothing "
+            "would be measured. Lower it, or set retention to null."
+        )
 
 
 def build(config: RunConfig):

@@ -133,6 +133,32 @@ def test_a_bad_value_is_one_line_that_names_the_key(tmp_path, old, new, message)
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("init_args: {r: 4, target_modules: [q_proj, v_proj]}", "r: 8",
+         "model.adapter has r beside class_path; write {class_path: NAME, init_args: "),
+        ("class_path: LoraConfig, ", "", "model.adapter has init_args but no class_path; write"),
+        ("{class_path: LoraConfig, init_args: {r: 4, target_modules: [q_proj, v_proj]}}", "{}",
+         "model.adapter is empty, it has no class_path; write .*, or null for none"),
+        ("{class_path: LoraConfig, init_args: {r: 4, target_modules: [q_proj, v_proj]}}",
+         "[{class_path: LoraConfig}]", "model.adapter is a list; write one part"),
+        ("{r: 4, target_modules: [q_proj, v_proj]}", "null", "model.adapter.init_args is None"),
+        ("{class_path: MLPConnectorConfig", "{class_path: MLPConnectorConfig, standardize: false",
+         "model.connector has standardize beside class_path"),
+        ("Messages, init_args: {train: d, test: d}", "Messages, train: d",
+         "data.task has train beside class_path"),
+    ],
+)  # fmt: skip
+def test_how_a_part_is_written_is_said(tmp_path, old, new, message):
+    path = write_recipe(tmp_path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        config.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("max_steps", "0", "max_steps is 0; it must be 1 or more, or left out.$"),

@@ -1,5 +1,7 @@
 """DyLoRA and AdaLoRA: ranks that are cut, and ranks that move."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,6 +254,22 @@ def test_adalora_keeps_fewer_ranks_than_it_begins_with(make_bridge):
     model, _ = make_bridge("none", adapter=adapter)
     with pytest.raises(ValueError, match="target_r 4 must be less than init_r 4"):
         steps_of(model.language_model).begin_step(0, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("init_r: 8, total_step: 9", "target_r 8 must be less than init_r 8"),
+        ("init_r: 8, target_r: 2, tinit: 20, total_step: 99", "tinit 20 and tfinal 0 leave none"),
+        ("init_r: 8, target_r: 2, deltaT: 0, total_step: 9", "deltaT is 0; ranks move every"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_leaves_no_folder(recipe, options, message):
+    ours = f"AdaLoraConfig, init_args: {{{options}, target_modules: [q_proj]}}}}\n"
+    recipe.write_text(re.sub(r"LoraConfig, init_args: .*\n", ours, recipe.read_text()))
+    with pytest.raises(ValueError, match=message):
+        train(recipe)
+    assert not (recipe.parent / "run").exists()
 
 
 @pytest.mark.parametrize("adapter", ["DyLoraConfig", "AdaLoraConfig"])

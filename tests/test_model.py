@@ -230,6 +230,17 @@ def test_images_and_marked_positions_must_agree(tiny, images):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
 
 
+def test_images_are_not_cut_into_chunks(tiny, images):
+    model, processor = tiny
+    batch = model_inputs(processor, [[user(images[0], "what?")]])
+    with pytest.raises(ValueError, match="images enter in one piece: leave out prefill_chunk_size"):
+        model.generate(**batch, max_new_tokens=2, prefill_chunk_size=8)
+    batch = model_inputs(processor, [[user("a text of some words")]])
+    whole = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    cut = model.generate(**batch, max_new_tokens=4, do_sample=False, prefill_chunk_size=8)
+    assert cut.equal(whole)
+
+
 def test_merged_equals_base_plus_adapter(make_bridge, images):
     model, processor = make_bridge("none")
     batch = model_inputs(processor, [[user(images[0], "what?")], [user("text")]])

@@ -280,6 +280,18 @@ def test_a_rank_is_set_on_any_adapter_that_has_one(recipe):
             ],
             "moves ranks from init_r",
         ),
+        (["--model.rank", "auto", "--model.adapter", "RandLoraConfig"], "fewer weights the larger"),
+        (
+            [
+                "--model.rank",
+                "4",
+                "--model.adapter",
+                "DyLoraConfig",
+                "--model.adapter.init_args.rank",
+                "2",
+            ],
+            "the adapter's rank set ranks; leave one out",
+        ),
         (["--model.rank", "auto", "--instruct", "null"], "no stage instruct to find it for"),
         (["--rank_search.candidates", "[8]"], "name two ranks or more"),
         (["--rank_search.steps", "1"], "rank_search.steps is 1"),
@@ -300,7 +312,7 @@ def test_a_rank_beside_a_pattern_of_ranks_is_refused():
 
     with pytest.raises(ValueError, match="rank_pattern set ranks"):
         of_rank(LoraConfig(rank_pattern={"q_proj": 2}), 4)
-    with pytest.raises(ValueError, match="rank is 8; it must lie in 1 to r, 4"):
+    with pytest.raises(ValueError, match="the adapter's rank set ranks"):
         of_rank(DyLoraConfig(r=16, rank=8), 4)
     assert of_rank(LoraConfig(r=16, lora_alpha=3), 4).lora_alpha == 3
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig, VeraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmpeft import BridgeForConditionalGeneration
@@ -636,17 +637,31 @@ def test_adamix_consistency_can_be_off_and_needs_a_draw(make_bridge, images):
 @pytest.mark.parametrize(
     "make, message", [
         (lambda: BottleneckConfig(bottleneck_size=0), "bottleneck_size is 0; it must be 1 or more"),
-        (lambda: BottleneckConfig(placement="paralel"), "choose serial or parallel"),
+        (lambda: BottleneckConfig(placement="paralel"), "choose one of serial, parallel"),
         (lambda: BottleneckConfig(sublayers=["mlp"]), "choose attention, ffn or both"),
         (lambda: BottleneckConfig(activation="rellu"), "activation 'rellu' is unknown"),
         (lambda: AdaMixConfig(share="both"), "share 'both' is unknown"),
         (lambda: AdaMixConfig(consistency=-1), "consistency is -1"),
         (lambda: ProPELTConfig(share=0), r"share is 0; it must lie in \(0, 1\]"),
-        (lambda: ProPELTConfig(kind="prefix"), "choose adapter or lora"),
+        (lambda: ProPELTConfig(kind="prefix"), "choose one of adapter, lora"),
     ])  # fmt: skip
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "adapter, message", [
+        (BottleneckConfig(target_modules=["act_fn"]), "'act_fn' names no layer that this method"),
+        (BottleneckConfig(target_modules=["self_attn", "o_proj"]),
+         "layers.0.self_attn.o_proj lies in model.layers.0.self_attn, which is one, too"),
+        (FullTuningConfig(target_modules="[q_proj"), "'.q_proj' is no regular expression"),
+        (VeraConfig(r=0, target_modules=["q_proj"]), "VeraConfig cannot have these sizes"),
+        (PeftConfig(), "PeftConfig is no method; name one"),
+    ])  # fmt: skip
+def test_what_an_adapter_cannot_be_on(adapter, message):
+    with pytest.raises(ValueError, match=message):
+        attach_adapter(tiny_llm("llama"), adapter)
 
 
 def test_propelt_refuses_layers_of_other_shapes():

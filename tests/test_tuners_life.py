@@ -160,6 +160,16 @@ def test_ia3_takes_targets_outside_of_experts():
     assert wrapped.peft_config["default"].feedforward_modules == []
 
 
+def test_ia3_of_gpt2_is_pefts_own():
+    def trained(model):
+        found = {n: tuple(p.shape) for n, p in model.named_parameters() if "ia3_l" in n}
+        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
+
+    theirs = trained(get_peft_model(tiny_llm("gpt2"), IA3Config(task_type="CAUSAL_LM")))
+    assert trained(attach_adapter(tiny_llm("gpt2"), IA3Config())) == theirs
+    assert {name.split(".")[3] for name in theirs} == {"attn", "mlp"}
+
+
 @pytest.mark.parametrize("skipped", [(), (16,), (15, 16, 17)])
 def test_adalora_keeps_its_budget_when_the_step_that_settles_ranks_is_skipped(llm, skipped):
     adapter = AdaLoraConfig(init_r=6, target_r=2, tinit=2, tfinal=4, deltaT=100, total_step=20,

@@ -14,10 +14,10 @@ from mmpeft.tuners.adding import (
     AddingOptions,
     activation,
     bottleneck,
-    check_sizes,
     down_start,
 )
 from mmpeft.tuners.base import Computed, Tuner, register
+from mmpeft.tuners.options import check_options
 from mmpeft.tuners.sublayers import decoder_layers, find_outputs, hidden_size, sizes
 
 
@@ -50,13 +50,7 @@ class AdaMixConfig(AddingOptions, PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_sizes(self, modules=1, consistency=0)
-        for name, known in (("kind", ("bottleneck", "lora")), ("share", ("none", "down", "up"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"AdaMixConfig: {name} {getattr(self, name)!r} is unknown; choose one of "
-                    f"{', '.join(known)}."
-                )
+        check_options(self, modules=1, consistency=0)
 
 
 class AdaMixLayer(AddingLayer):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from mmpeft.tuners.base import Layer
+from mmpeft.tuners.options import check_options
 from mmpeft.tuners.sublayers import Kind
 
 
@@ -34,7 +35,7 @@ class AddingOptions:
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        check_sizes(self, bottleneck_size=1)
+        check_options(self, bottleneck_size=1)
         activation(self)
         unknown = [name for name in self.sublayers if name not in ("attention", "ffn")]
         if unknown or not self.sublayers:
@@ -100,20 +101,6 @@ def activation(config):
             f"{', '.join(ACT2FN)}."
         )
     return ACT2FN[config.activation]
-
-
-def check_sizes(config, **least: float) -> None:
-    """Refuse numbers below their least.
-
-    Raises:
-        ValueError: one is.
-    """
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            raise ValueError(
-                f"{type(config).__name__}: {name} is {getattr(config, name)}; it must be {bound} "
-                "or more."
-            )
 
 
 def down_start(*shape: int) -> Tensor:

@@ -343,12 +343,3 @@ def all_of(language_model: nn.Module, config: PeftConfig, found: list[str]) -> l
             "target_modules."
         )
     return found
-
-
-def require_tokens(config: PeftConfig) -> None:
-    """Refuse a config whose ``num_virtual_tokens`` is not at least 1."""
-    if config.num_virtual_tokens < 1:
-        raise ValueError(
-            f"{type(config).__name__}: num_virtual_tokens is {config.num_virtual_tokens}; it must "
-            "be 1 or more."
-        )

@@ -39,14 +39,6 @@ class BottleneckConfig(AddingOptions, PeftConfig):
 
     placement: Literal["serial", "parallel"] = "serial"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.placement not in ("serial", "parallel"):
-            raise ValueError(
-                f"BottleneckConfig: placement {self.placement!r} is unknown; choose serial or "
-                "parallel."
-            )
-
 
 class BottleneckLayer(AddingLayer):
     """A module and the bottleneck on its output, or beside it."""

@@ -12,9 +12,9 @@ from mmpeft.tuners.attention_base import (
     AttentionLayer,
     AttentionTuner,
     record,
-    require_tokens,
 )
 from mmpeft.tuners.base import register
+from mmpeft.tuners.options import check_options
 
 
 @dataclass
@@ -40,7 +40,7 @@ class LlamaAdapterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        require_tokens(self)
+        check_options(self, num_virtual_tokens=1)
 
 
 class LlamaAdapterLayer(AttentionLayer):

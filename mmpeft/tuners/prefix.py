@@ -17,10 +17,10 @@ from mmpeft.tuners.attention_base import (
     AttentionLayer,
     AttentionTuner,
     record,
-    require_tokens,
     some_tokens,
 )
 from mmpeft.tuners.base import register
+from mmpeft.tuners.options import check_options
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PrefixConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        require_tokens(self)
+        check_options(self, num_virtual_tokens=1, hidden_size=1)
         if self.hidden_size is not None and self.init == "vocabulary":
             raise ValueError(
                 f"{type(self).__name__}: init vocabulary gives keys and values, but with "

@@ -7,8 +7,9 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.tuners.attention_base import FrontTuner, layers_of, require_tokens
+from mmpeft.tuners.attention_base import FrontTuner, layers_of
 from mmpeft.tuners.base import register
+from mmpeft.tuners.options import check_options
 
 
 @dataclass
@@ -36,7 +37,7 @@ class PrefixPropagationConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        require_tokens(self)
+        check_options(self, num_virtual_tokens=1)
 
 
 class PrefixPropagationModel(FrontTuner):

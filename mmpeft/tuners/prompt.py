@@ -16,8 +16,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from mmpeft.language_model import embedding_std, load_tokenizer
-from mmpeft.tuners.attention_base import FrontTuner, require_tokens, some_tokens
+from mmpeft.tuners.attention_base import FrontTuner, some_tokens
 from mmpeft.tuners.base import Kept, register
+from mmpeft.tuners.options import check_options
 
 
 @dataclass
@@ -42,7 +43,7 @@ class PromptConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        require_tokens(self)
+        check_options(self, num_virtual_tokens=1)
         if (self.init == "text") != bool(self.init_text):
             raise ValueError(
                 f"PromptConfig: init is {self.init!r} and init_text {self.init_text!r}; init: text "
@@ -128,7 +129,7 @@ class PTuningConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        require_tokens(self)
+        check_options(self, num_virtual_tokens=1, hidden_size=1, num_layers=1)
         if self.encoder == "mlp" and (self.num_layers, self.dropout) != (2, 0.0):
             raise ValueError(
                 f"PTuningConfig: num_layers {self.num_layers} and dropout {self.dropout} are of "

@@ -39,10 +39,6 @@ class ProPELTConfig(AddingOptions, PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kind not in ("adapter", "lora"):
-            raise ValueError(
-                f"ProPELTConfig: kind {self.kind!r} is unknown; choose adapter or lora."
-            )
         if not 0 < self.share <= 1:
             raise ValueError(f"ProPELTConfig: share is {self.share}; it must lie in (0, 1].")
 

@@ -109,7 +109,21 @@ def find_outputs(language_model: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def named_modules(language_model: nn.Module, targets: list[str] | str) -> list[str]:
-    """Paths of the modules, of any kind, that ``targets`` name."""
+    """Paths of the modules with weights, of any kind, that ``targets`` name.
+
+    Raises:
+        ValueError: one names none, or lies in another.
+    """
     if targets == "all-linear":
         return resolve_targets(language_model, targets)
-    return resolve_targets(language_model, targets, kind=lambda module: True)
+    found = resolve_targets(
+        language_model, targets, kind=lambda module: any(True for _ in module.parameters())
+    )
+    for path in found:
+        for outer in found:
+            if path != outer and path.startswith(f"{outer}." if outer else ""):
+                raise ValueError(
+                    f"target_modules: {path} lies in {outer or 'the whole LLM'}, which is one, "
+                    "too; name one of the two."
+                )
+    return found

@@ -6,6 +6,7 @@ python -m mmpeft.reference > docs/recipe.md
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -65,7 +66,8 @@ def reference() -> str:
     text.append("\n## Grids (`mmpeft compare GRID.yaml`)\n")
     for name, cls in GRID.items():
         text += [f"\n### {name}\n", f"\n{summary(cls)}\n", table(cls)]
-    return "".join(text)
+    plain = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", "".join(text))  # docstrings are no Markdown
+    return re.sub(r"(?<!`)``(?!`)", "`", plain)
 
 
 def summary(cls) -> str:

@@ -17,4 +17,5 @@ def test_the_page_has_every_section_and_the_keys_of_a_recipe():
     assert "| `gate` | none, sample, image_tokens, after_image, null | `null` |" in page
     assert "| `adapter_learning_rate` | float | `0.0002` | peak learning rate" in page
     assert "### `MLPConnectorConfig`" in page and "### `EasyVQA`" in page
+    assert ":meth:" not in page and "``" not in page.replace("```", "")
     assert "| `inference_mode` |" not in page  # peft's own

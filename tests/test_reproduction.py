@@ -100,6 +100,16 @@ def webnlg() -> list[str]:
     return table1("table1_webnlg", OF_GENERATION)
 
 
+def coqa() -> list[str]:
+    """The table of the other methods on CoQA."""
+    return table1("table1_coqa", [("f1", 1, "z.3f"), ("em", 1, "z.3f")])
+
+
+def gsm8k() -> list[str]:
+    """The table of the other methods on GSM8K."""
+    return table1("table1_gsm8k", [("accuracy", 100, "z.1f"), ("strict", 100, "z.1f")])
+
+
 def vision(name: str = "vision") -> list[str]:
     """The table of methods and learning rates on pictures."""
     cells = methods(name)
@@ -123,7 +133,7 @@ def vision_longer() -> list[str]:
     return vision("vision_1600")
 
 
-@pytest.mark.parametrize("table", [e2e, webnlg, vision, vision_longer])
+@pytest.mark.parametrize("table", [e2e, webnlg, coqa, gsm8k, vision, vision_longer])
 def test_the_page_has_the_numbers_of_the_cells(table):
     page = (DOCS / "reproduction.md").read_text()
     missing = [line for line in table() if line not in page]

@@ -99,7 +99,8 @@ def save(model, directory) -> None:
     if model.merged:
         raise ValueError(
             "the adapter was merged into the language model, which a checkpoint does not hold; "
-            "save before merge_adapter, or save model.language_model and build a bridge on that."
+            "save before merge_adapter, or save model.language_model and processor.tokenizer, and "
+            "build a bridge on that folder."
         )
     require_one_adapter(model.language_model)
     if (scale := scale_of(model.language_model)) != model.config.adapter_scale:

@@ -55,6 +55,11 @@ PART = "{class_path: NAME, init_args: {OPTION: VALUE}}"
 def explain(message: str, known: Known) -> str:
     """An error of jsonargparse in one line, with the nearest valid key, class or value."""
     message = " ".join(message.split())
+    if "AdaLoRA does not work when `total_step` is None" in message:
+        return (
+            "AdaLoraConfig needs total_step; give any number, say 1000: the steps of the stage "
+            "take its place."
+        )
     if (found := UNKNOWN_OPTION.search(message)) and found[1] in known.options:
         hint = did_you_mean(found[2], known.options[found[1]])
         if found[2] in known.keys:  # of a section, not of a part

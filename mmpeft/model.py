@@ -480,7 +480,8 @@ class BridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.gate != "none":
             raise ValueError(
                 f"a gated adapter (gate {self.config.gate!r}) cannot be merged: the base must "
-                "stay reachable for rows without an image."
+                "stay reachable for rows without an image. Keep it beside the LLM, or train with "
+                "gate none."
             )
         if hasattr(self.language_model, "peft_config"):
             adapters.require_own_weights(self.language_model)

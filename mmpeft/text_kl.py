@@ -40,15 +40,15 @@ def check(config, gate: str) -> None:
     if config.instruct is None or not config.instruct.kl_weight:
         return
     name = f"instruct.kl_weight is {config.instruct.kl_weight}"
-    if config.data.replay is None:
-        raise ValueError(
-            f"{name}, but data.replay, whose rows of text are to be held to the base, is not set; "
-            "set it (mmpeft replay writes one), or the weight to 0."
-        )
     if gate != "none":
         raise ValueError(
             f"{name}, but under gate {gate!r} text never reaches the adapter and stays the base's "
             "to the bit; set the weight to 0, or model.gate to none."
+        )
+    if config.data.replay is None:
+        raise ValueError(
+            f"{name}, but data.replay, whose rows of text are to be held to the base, is not set; "
+            "set it (mmpeft replay writes one), or the weight to 0."
         )
 
 

@@ -165,6 +165,7 @@ def test_a_run_holds_text_to_the_base_and_logs_how_far_it_is(recipe, replay):  #
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--model.gate", "sample", "--data.replay", "null"], "under gate 'sample' text never"),
         (["--model.gate", "sample"], "under gate 'sample' text never reaches the adapter"),
         (["--model.gate", "after_image"], "under gate 'after_image' text never reaches"),
         (["--model.gate", "none", "--data.replay", "null"], "is 1.0, but data.replay, whose rows"),

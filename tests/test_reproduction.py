@@ -12,6 +12,7 @@ from mmpeft.retention.plots import minus
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
     "full": "full",
+    "lora_attention": "LoRA, attention, r 16",
     "lora_mlp": "LoRA, MLP, r 10",
     "dylora": "DyLoRA, attention, r 16",
     "ia3": "(IA)³",

@@ -53,7 +53,7 @@ def set_scale(language_model: nn.Module, scale: float) -> None:
     if not 0 <= scale < math.inf:
         raise ValueError(f"the scale of an adapter is {scale}; use 0 or more, 1 is as trained.")
     for layer in scalable_layers(language_model):
-        if isinstance(layer, LoraLayer) and _adds(layer):
+        if _adds(layer):
             trained = vars(layer).pop("scaling_as_trained", layer.scaling)
             layer.scaling = trained
             if scale != 1:
@@ -87,9 +87,7 @@ def require_mergeable(language_model: nn.Module) -> None:
     if scale_of(language_model) == 1:
         return
     for layer in scalable_layers(language_model):
-        if not isinstance(layer, MergingLayer) and not (
-            isinstance(layer, LoraLayer) and _adds(layer)
-        ):
+        if not isinstance(layer, MergingLayer) and not _adds(layer):
             name = type(language_model.active_peft_config).__name__
             raise ValueError(
                 f"the adapter has scale {scale_of(language_model):g}, at which {name} cannot be "
@@ -97,11 +95,13 @@ def require_mergeable(language_model: nn.Module) -> None:
             )
 
 
-def _adds(layer: LoraLayer) -> bool:
-    """Whether what the layer adds is in proportion to its ``scaling``."""
+def _adds(layer: BaseTunerLayer) -> bool:
+    """Whether it is LoRA, and what it adds is in proportion to its ``scaling``."""
     from mmpeft.starts import KeptStart  # which imports the model
 
-    return all(isinstance(variant, KeptStart) for variant in layer.lora_variant.values())
+    return isinstance(layer, LoraLayer) and all(
+        isinstance(variant, KeptStart) for variant in layer.lora_variant.values()
+    )
 
 
 def _interpolate(layer, args, kwargs, output: Tensor) -> Tensor:

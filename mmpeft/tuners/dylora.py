@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.tuners.base import Tuner, register
 from mmpeft.tuners.merging import MergingLayer
+from mmpeft.tuners.options import check_options
 
 
 @dataclass
@@ -42,8 +43,7 @@ class DyLoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = self.method
-        if self.r < 1:
-            raise ValueError(f"DyLoraConfig: r is {self.r}; it must be 1 or more.")
+        check_options(self, r=1)
         if self.rank is not None and not 1 <= self.rank <= self.r:
             raise ValueError(f"DyLoraConfig: rank is {self.rank}; it must lie in 1 to r, {self.r}.")
 

@@ -110,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  mmpeft compare runs/vision                  draws the table of what is there\n\n"
         "Each cell is a process of its own. Started again, it runs the cells that are missing or\n"
         "failed, and no other. The folder gets compare.json, table.md, table.csv; a line a cell,\n"
-        "cells.csv; with retain, front.png; with an axis named rank, rank.png. Exit code 1 if a\n"
-        "cell failed.",
+        "cells.csv; with retain, front.png; with an axis named rank, rank.png. A cell's bridge\n"
+        "lies in cells/NAME/run. Exit code 1 if a cell failed.",
     )  # fmt: skip
     compare.add_argument("grid", metavar="GRID.yaml", help="see configs/grids/; or its folder")
     compare.add_argument("--output_dir", metavar="FOLDER", help="instead of the grid's own")

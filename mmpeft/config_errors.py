@@ -143,6 +143,8 @@ def _bad_value(message: str) -> str | None:
         literal = re.fullmatch(r"typing\.Literal\[(.+)\]", one)
         words += re.findall(r"'([^']*)'", literal[1]) if literal else []
         types += [] if literal else [TYPES.get(one, one)]
+    if "accepted by the base class" in inner:
+        types.insert(0, "keys below it ({} takes the defaults)")
     near = difflib.get_close_matches(value[1], words, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     name = ".".join(key[1] for key in keys)

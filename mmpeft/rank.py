@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 from transformers import SchedulerType, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
@@ -183,7 +184,8 @@ class ValidationLoss(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         with evaluation(trainer.model), trainer.compute_loss_context_manager():
-            batches = (trainer.data_collator([sample]) for sample in self.dataset)
+            samples = tqdm(self.dataset, desc="held-out loss", unit="sample")
+            batches = (trainer.data_collator([sample]) for sample in samples)
             losses = [trainer.model(**trainer._prepare_inputs(batch)).loss for batch in batches]
             self.losses = np.array([loss.item() for loss in losses])
 

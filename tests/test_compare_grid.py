@@ -115,6 +115,7 @@ def test_a_key_is_put_where_it_belongs():
         ({"exclude": [{"rank": [2, 4]}]}, "leave no cell to run"),
         ({"seeds": [1, 1]}, "seeds is .1, 1."),
         ({"evaluate": {"samples": 0}}, "evaluate.samples is 0"),
+        ({"retain": True}, "retain is .*; use keys below it .{} takes the defaults. or null"),
         ({"retain": {"samples": 0}}, "retain.samples is 0"),
         ({"retain": {"prose_tokens": 0}}, "retain.prose_tokens is 0"),
         ({"retain": {"margin": -1}}, "retain.margin is -1"),

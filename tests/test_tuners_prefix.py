@@ -384,6 +384,14 @@ def test_a_table_of_positions_gives_the_prompt_those_of_the_text(ids):
     torch.testing.assert_close(found, whole.logits[:, 5:], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config", [PrefixConfig, PromptConfig])
+def test_no_more_tokens_stand_in_front_than_a_table_has_positions(ids, config):
+    base = tiny(GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    attach_adapter(copy.deepcopy(base), config(num_virtual_tokens=32))(input_ids=ids)
+    with pytest.raises(ValueError, match="num_virtual_tokens is 33, but .* table of 32 positions"):
+        attach_adapter(base, config(num_virtual_tokens=33))(input_ids=ids)
+
+
 # ------------------------------------------------------------------------------------ in a bridge
 
 

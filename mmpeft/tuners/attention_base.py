@@ -277,7 +277,17 @@ class AttentionTuner(Tuner):
         return (m for m in self.model.modules() if isinstance(m, AttentionLayer))
 
     def _front(self, count: int) -> Tensor:
-        """Positions ``(count,)`` of tokens in front."""
+        """Positions ``(count,)`` of tokens in front.
+
+        Raises:
+            ValueError: the LLM's table of positions is shorter.
+        """
+        table = getattr(self.model.config, "max_position_embeddings", None)
+        if self.first == 0 and table is not None and count > table:
+            raise ValueError(
+                f"num_virtual_tokens is {count}, but the LLM has a table of {table} positions; "
+                f"lower it to {table} or less."
+            )
         device = self.model.get_input_embeddings().weight.device  # it may have moved
         return torch.arange(self.first, self.first + count, device=device)
 

@@ -1,9 +1,9 @@
 """The adapter scaled after training, from 0, the base LLM, over 1, as it was trained, and beyond.
 
 Scaling LoRA by s is the interpolation between base and tuned weights, W + s BA (WiSE-FT, Wortsman
-et al. 2022, arXiv 2109.01903, section 3). Other adapters are scaled at the output of the layers
-they are on, base + s (adapted - base): for a linear layer that is the same interpolation. The
-connector stays as it was trained.
+et al. 2022, arXiv 2109.01903, section 3); full tuning and BitFit are scaled in that way, too. Other
+adapters are scaled at the output of the layers they are on, base + s (adapted - base): for a linear
+layer that is the same interpolation. The connector stays as it was trained.
 """
 
 import math

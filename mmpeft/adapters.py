@@ -61,6 +61,7 @@ def attach_adapter(language_model: nn.Module, adapter, new: bool = True):
         raise ValueError(f"adapter is {adapter!r}; give one peft config, such as LoraConfig(r=16).")
     adapter = copy.deepcopy(translate(adapter))
     _require_addition(adapter)
+    adapter.weights_follow = not new
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[adapter.peft_type]
     if hasattr(tuner, "find_targets"):
         adapter.target_modules = tuner.find_targets(language_model, adapter)

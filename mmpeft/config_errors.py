@@ -57,7 +57,7 @@ def explain(message: str, known: Known) -> str:
     message = " ".join(message.split())
     if "AdaLoRA does not work when `total_step` is None" in message:
         return (
-            "AdaLoraConfig needs total_step; give any number, say 1000: the steps of the stage "
+            "AdaLoraConfig needs total_step; give a large number, say 1000: the steps of the stage "
             "take its place."
         )
     if (found := UNKNOWN_OPTION.search(message)) and found[1] in known.options:

@@ -125,8 +125,8 @@ def score_rows(model, processor, task: Task, *, samples: int | None, seed: int =
         model, processor, prompts, task.max_new_tokens, 64, None,
         where=lambda i: task.where(rows[i], numbers[i]),
     )  # fmt: skip
-    name, metric = task.score_name, Metric(task.score(replies, rows))
-    found = _summary({name: metric}, {}, row_groups(task, rows), seed)["metrics"][name]
+    score, name = Task.metrics(task, replies, rows), task.score_name  # and no other of its metrics
+    found = _summary(score, {}, row_groups(task, rows), seed)["metrics"][name]
     return {"n": len(rows), "metric": name, name: found["value"], "ci95": found["ci95"]}
 
 
@@ -223,7 +223,7 @@ def _summary(metrics, controls, groups, seed, keep=slice(None)) -> dict:
         others = {control: given[name] for control, given in controls.items() if name in given}
         found[name] = {
             "value": float(metric.of(rows)),
-            "ci95": _interval(name, rows, metric.of, groups[keep], seed),
+            "ci95": _interval(rows, metric, groups[keep], seed),
             "controls": {
                 control: float(other.of(np.asarray(other.rows, float)[keep]))
                 for control, other in others.items()
@@ -235,8 +235,8 @@ def _summary(metrics, controls, groups, seed, keep=slice(None)) -> dict:
     return report | {"metrics": found}
 
 
-def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) -> list[float]:
-    """95%: Wilson's of :func:`effective_rows` for ``accuracy``, else over redrawn groups of rows.
+def _interval(rows: np.ndarray, metric: Metric, groups: np.ndarray, seed: int) -> list[float]:
+    """95%: Wilson's of :func:`effective_rows` for a share, else over redrawn groups of rows.
 
     Percentiles; of a single group, nothing is redrawn: both ends are the score.
 
@@ -245,14 +245,14 @@ def _interval(name: str, rows: np.ndarray, of, groups: np.ndarray, seed: int) ->
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    if name == "accuracy":
+    if metric.share:
         n = effective_rows(rows, groups)
         return [float(end) for end in proportion_confint(rows.mean() * n, n, method="wilson")]
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     random, n = np.random.default_rng(seed), len(members)
     redrawn = [
-        of(rows[np.concatenate([members[i] for i in random.integers(n, size=n)])])
+        metric.of(rows[np.concatenate([members[i] for i in random.integers(n, size=n)])])
         for _ in range(RESAMPLES)
     ]
     return [float(end) for end in np.percentile(redrawn, (2.5, 97.5))]

@@ -304,7 +304,7 @@ def eva(language_model: nn.Module, samples: list[dict], ask) -> None:
         language_model, batches, forward_fn=read,
         prepare_model_inputs_fn=lambda inputs, _: inputs["positions"].nonzero(),
         prepare_layer_inputs_fn=prepare_layer_inputs_fn_language_modeling,
-        gather_distributed_inputs=False,  # every process reads the same samples
+        gather_distributed_inputs=False,
     )  # fmt: skip
     for name, layer in lora_layers(language_model).items():
         layer.lora_A[ADAPTER].to(dtype)

@@ -19,10 +19,13 @@ class Metric(NamedTuple):
         rows: a number for each reply, or several that ``of`` needs.
         of: from the rows, an array ``(n,)`` or ``(n, k)``, any of them and any number of times, to
             the score; by default their mean.
+        share: rows are 0 or 1, wrong or right (or between, partly right): their mean has the
+            interval of a share.
     """
 
     rows: Sequence
     of: Callable = lambda rows: rows.mean()
+    share: bool = False
 
 
 @dataclass
@@ -76,10 +79,10 @@ class Task:
     def metrics(self, replies: list[str], rows: Sequence[dict]) -> dict[str, Metric]:
         """What ``mmpeft eval`` reports, the metric that stands for the task first.
 
-        By default the mean score, under ``score_name``. What is named ``accuracy`` is a share of
-        right replies, and has the interval of one; any other score is named otherwise.
+        By default the mean score, under ``score_name``; ``accuracy`` is a share of right replies.
         """
-        return {self.score_name: Metric(self.score(replies, rows))}
+        share = self.score_name == "accuracy"
+        return {self.score_name: Metric(self.score(replies, rows), share=share)}
 
 
 def parts(message: dict) -> list[dict]:

@@ -116,8 +116,9 @@ def cider(replies, references) -> list[float]:
     """CIDEr-D of each reply, 0 to 10, as COCO's script reports it under the name CIDEr.
 
     Vedantam et al. 2015 (arXiv 1411.5726), equations 1 to 4 with the clipping and the length
-    penalty of their section 7. How rare an n-gram is, is counted over these references: scores of
-    different sets of rows do not compare, and a single row scores 0.
+    penalty of their section 7; of mteval-v13a's words, where the script has PTB's. How rare an
+    n-gram is, is counted over these references: scores of different sets of rows do not compare,
+    and a single row scores 0.
     """
     grams = [[_grams(words(text)) for text in own] for own in references]
     seen = Counter(gram for own in grams for gram in set().union(*own))

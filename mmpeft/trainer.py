@@ -91,15 +91,10 @@ class BridgeTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs: dict, num_items_in_batch) -> torch.Tensor | float:
-        """The part of a step's learned tokens that is in this micro-batch: a step's sum to 1.
-
-        Over processes, whose gradients are averaged, to their number, as Trainer scales the loss.
-        """
+        """The part of a step's learned tokens that is in this micro-batch: a step's sum to 1."""
         if num_items_in_batch is None:
             return 1.0
-        share = (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
-        across = self.args.average_tokens_across_devices
-        return share * self.accelerator.num_processes if across else share
+        return (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -96,7 +96,7 @@ class CoQA(TextTask):
         """``f1`` and ``em`` of the first line of each reply, as CoQA's script has them."""
         pairs = list(_pairs(replies, rows))
         exact = [among(em, reply, row["turns"][-1][1]) for reply, row in pairs]
-        return {"f1": Metric(self.score(replies, rows)), "em": Metric(exact)}
+        return {"f1": Metric(self.score(replies, rows)), "em": Metric(exact, share=True)}
 
 
 def _pairs(replies, rows):

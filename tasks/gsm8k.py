@@ -68,7 +68,7 @@ class GSM8K(TextTask):
         marked = [
             one * bool(MARKED.search(reply)) for one, reply in zip(right, replies, strict=True)
         ]
-        return {"accuracy": Metric(right), "strict": Metric(marked)}
+        return {"accuracy": Metric(right, share=True), "strict": Metric(marked, share=True)}
 
 
 def final_number(text: str) -> Decimal | None:

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mmpeft
-from mmpeft.adapter_scale import scale_of, scaled
+from mmpeft.adapter_scale import scale_of, scaled, set_scale
+from mmpeft.adapters import attach_adapter
 from mmpeft.tuners.bitfit import BitFitConfig
 from mmpeft.tuners.bottleneck import BottleneckConfig
 from mmpeft.tuners.dylora import DyLoraConfig
@@ -82,6 +84,25 @@ def test_what_is_merged_is_what_was_scaled_or_it_is_refused(bridge, images, meth
         with pytest.raises(ValueError, match="has scale 0.5, at which|cannot be merged into"):
             model.merge_adapter()
         assert model(**batch).logits.equal(half)
+
+
+def test_experts_and_routers_are_scaled_as_they_are_merged():
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    tuned = attach_adapter(llm, FullTuningConfig())
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.arange(12).view(2, 6)
+    whole = tuned(ids).logits
+    set_scale(tuned, 0.5)
+    half = tuned(ids).logits
+    assert not torch.allclose(half, whole, atol=1e-2)
+    assert torch.equal(tuned.merge_and_unload()(ids).logits, half)
 
 
 def test_a_passing_scale_is_not_saved(bridge, tmp_path):

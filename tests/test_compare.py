@@ -88,7 +88,7 @@ def test_results_of_another_configuration_are_never_replaced_unasked(
     # scored anew from what was kept; trained anew where nothing was
     said = capsys.readouterr().err
     assert "4,seed0: has the results of train; does score\n" in said
-    assert "2,seed0: has the results of train; does score, and trains again" in said
+    assert "2,seed0: has the results of train, but nothing was kept; does all again" in said
     assert (cell.parent / "4,seed0/run/metrics.jsonl").stat().st_mtime_ns == trained
     assert (cell / "run/checkpoint").is_dir()
 
@@ -330,6 +330,29 @@ def test_what_a_grid_no_longer_measures_is_not_in_its_table(write_grid, in_proce
     assert report["rows"][0]["retention"] == {} and "retention" not in table.render(report)
 
 
+def test_score_and_retention_are_of_one_training(write_grid, in_process, monkeypatch):
+    scored = Mock(wraps=cell_module.score_cell)
+    monkeypatch.setattr(cell_module, "score_cell", scored)
+    retained = result({}, 0, 0, -0.1)["retention"]
+    monkeypatch.setattr(cell_module, "retain_cell", lambda *args: retained)
+    one = {"axes": {"method": {"lora": None}}, "exclude": [], "keep_checkpoints": False}
+    run.compare(write_grid(**one))
+    run.compare(write_grid(**one, retain={"modes": ["text"]}))  # which trains again
+    assert scored.call_count == 2
+
+
+def test_a_label_that_comes_later_is_scored_on_the_same_rows(write_grid, in_process, recipe):
+    data = Path(yaml.safe_load(recipe.read_text())["data"]["task"]["init_args"]["test"])
+    fewer = recipe.parent / "fewer.jsonl"
+    fewer.write_text("".join(data.read_text().splitlines(True)[1:]))
+    first = {"on": {"one": None}}
+    run.compare(write_grid(axes=first, exclude=[]))
+    later = {"on": first["on"] | {"two": {"data.task.init_args.test": str(fewer)}}}
+    with pytest.raises(ValueError, match="cells would be scored on different test rows"):
+        run.compare(write_grid(axes=later, exclude=[]))
+    assert in_process == ["one,seed0"]
+
+
 def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch):
     from mmpeft.compare import cell
 
@@ -379,4 +402,20 @@ def test_retention_is_measured_against_the_base(write_grid, in_process, monkeypa
     assert full["provenance"]["suite"]["samples"] == 2
     assert full["provenance"]["text"]["tokens"] == 60
     prose = read_result(cell)["retention"]["prose"]
-    assert prose == {"delta": 0, "ci95": None, "exact": True, "kl": 0}
+    assert prose == {"delta": 0, "ci95": None, "exact": True}
+
+
+def test_a_connector_alone_is_exact_on_text_and_measured_behind_pictures(
+    write_grid, in_process, monkeypatch
+):
+    from mmpeft.retention import statistics
+
+    monkeypatch.setattr(statistics, "above_chance", lambda *args: True)  # a random LLM is not
+    axes = {"method": {"connector": {"model.adapter": None, "model.gate": "none"}}}
+    retain = {"samples": 2, "prose_tokens": 60, "modes": ["text", "after_image"]}
+    report = run.compare(write_grid(axes=axes, exclude=[], retain=retain))
+    (row,) = report["rows"]
+    assert {mode: own["exact"] for mode, own in row["retention"].items()} == {
+        "text": True, "after_image": False, "prose": True,
+    }  # fmt: skip
+    assert table.cells(report, row).count("0 (exact)") == 2

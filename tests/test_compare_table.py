@@ -7,10 +7,7 @@ import math
 
 import pytest
 
-from mmpeft import checkpoint
 from mmpeft.compare import figures, table
-from mmpeft.compare.grid import load_grid
-from mmpeft.config import from_mapping
 
 from .compare_sample import pooled, result
 
@@ -69,24 +66,6 @@ def test_a_score_that_is_no_number_is_not_on_the_front():
 def test_an_axis_has_no_name_of_a_measure(axis):
     with pytest.raises(ValueError, match=f"axis {axis} has the name of what is measured; rename"):
         pooled([result({axis: "a"}, 0, 0.5, -0.1)], {axis: ["a"]})
-
-
-def test_without_an_adapter_the_llm_is_the_base(write_grid, tmp_path):
-    from mmpeft.compare.cell import retain_cell
-    from mmpeft.compare.grid import RetainConfig
-    from mmpeft.config import RunConfig
-
-    axes = {"method": {"connector": {"model.adapter": None, "model.gate": "none"}}}
-    _, _, (cell,) = load_grid(write_grid(axes=axes, exclude=[]))
-    config = from_mapping(RunConfig, cell.recipe, "cell")
-    (tmp_path / "run").mkdir()
-    for name in ("config.json", checkpoint.CONNECTOR_FILE):  # and no folder of an adapter
-        (tmp_path / "run" / name).touch()
-    found = retain_cell(tmp_path, config, RetainConfig(modes=["text"]))
-    report = pooled([result({"m": "a"}, 0, 0.5) | {"retention": found}], {"m": ["a"]})
-    (row,) = report["rows"]
-    assert row["on_front"] == {"text": True, "prose": True}
-    assert table.cells(report, row).count("0 (exact)") == 2
 
 
 def under_columns(report):

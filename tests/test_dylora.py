@@ -124,13 +124,15 @@ def test_the_deployed_rank_is_saved_and_exported_as_plain_lora(make_bridge, llm_
     with pytest.raises(ValueError, match="rank 5 must lie in 1 to r, 4"):
         tuner.set_rank(5)
 
-    config, state = tuner.as_lora()
-    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(llm_dir), config)
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(plain, state)
-    assert isinstance(plain, PeftModel) and config.r == 2
-    torch.testing.assert_close(plain(**batch).logits, cut)
+    for scale in (1, 0.5):
+        model.set_adapter_scale(scale)
+        config, state = tuner.as_lora()
+        plain = get_peft_model(AutoModelForCausalLM.from_pretrained(llm_dir), config)
+        set_peft_model_state_dict(plain, state)
+        assert isinstance(plain, PeftModel) and config.r == 2
+        torch.testing.assert_close(plain(**batch).logits, model(**batch).logits)
 
 
 def memorised(llm_dir, adapter, steps=150):

@@ -15,7 +15,9 @@ from statsmodels.stats.proportion import proportion_confint
 import mmpeft
 from mmpeft import evaluate as e
 from mmpeft.checkpoint import is_run_folder
-from mmpeft.task import Task, all_tasks, normalize
+from mmpeft.task import Metric, Task, all_tasks, normalize
+from mmpeft.tasks.coqa import CoQA
+from mmpeft.tasks.gsm8k import GSM8K
 
 from .conftest import assistant, user
 
@@ -78,21 +80,28 @@ def test_interval_is_wilsons(seen, images):
     assert report["ci95"] == pytest.approx([0.2077, 0.9385], abs=1e-3)
 
 
-def interval(name, rows, groups):
+def interval(rows, groups, share=False):
     rows = np.asarray(rows, float)
-    return e._interval(name, rows, lambda some: some.mean(), np.asarray(groups), 0)
+    return e._interval(rows, Metric(rows, share=share), np.asarray(groups), 0)
 
 
 def test_the_kind_of_interval_is_that_of_the_metric_not_of_its_values():
-    assert interval("cider", [0.0] * 5, range(5)) == [0, 0]  # as that of any other constant
-    assert interval("accuracy", [0.0] * 5, range(5)) == pytest.approx([0, 0.434482], abs=1e-5)
+    assert interval([0.0] * 5, range(5)) == [0, 0]  # as that of any other constant
+    assert interval([0.0] * 5, range(5), share=True) == pytest.approx([0, 0.434482], abs=1e-5)
+
+
+def test_what_is_right_or_wrong_has_the_interval_of_a_share():
+    row = {"q": "?", "a": "4", "image": None, "answer": "#### 4", "turns": [("?", ["4"])]}
+    shares = [task.metrics(["4"], [row]) for task in (Planted(pictures=[]), GSM8K(), CoQA())]
+    found = {name: one.share for metrics in shares for name, one in metrics.items()}
+    assert found == {"accuracy": True, "strict": True, "em": True, "f1": False}
 
 
 def test_rows_of_a_group_are_drawn_together():
     values = np.random.default_rng(0).random(40)
-    alone = interval("f1", values, range(40))
-    apart = interval("f1", np.repeat(values, 10), range(400))
-    together = interval("f1", np.repeat(values, 10), np.repeat(np.arange(40)[::-1] * 2, 10))
+    alone = interval(values, range(40))
+    apart = interval(np.repeat(values, 10), range(400))
+    together = interval(np.repeat(values, 10), np.repeat(np.arange(40)[::-1] * 2, 10))
     width = [high - low for low, high in (alone, apart, together)]
     assert width[2] == pytest.approx(width[0], rel=0.15)  # ten times the same says no more
     assert width[1] == pytest.approx(width[0] / np.sqrt(10), rel=0.15)
@@ -110,8 +119,8 @@ def test_rows_that_are_alike_in_groups_count_for_fewer():
     few = t.ppf(0.975, 299) / t.ppf(0.975, 59)
     assert robust > 1.5 * plain
     assert e.effective_rows(rows, groups) == pytest.approx(300 * plain / robust * few**2)
-    low, high = interval("accuracy", rows, groups)
-    by_rows = interval("accuracy", rows, range(300))
+    low, high = interval(rows, groups, share=True)
+    by_rows = interval(rows, range(300), share=True)
     assert by_rows == pytest.approx(proportion_confint(rows.sum(), 300, method="wilson"))
     assert low < by_rows[0] < by_rows[1] < high
 

@@ -62,7 +62,8 @@ def methods(name: str) -> dict[str, list[dict]]:
     with (DOCS / f"results/{name}.csv").open() as file:
         for row in csv.DictReader(file):
             label = row.pop("method")
-            found.setdefault(label, []).append({key: float(value) for key, value in row.items()})
+            numbers = {key: float(value) for key, value in row.items() if value}
+            found.setdefault(label, []).append(numbers)
     return {label: sorted(cells, key=lambda one: one["seed"]) for label, cells in found.items()}
 
 
@@ -70,7 +71,7 @@ def column(cells: list[dict], name: str, less: list[dict] | None = None) -> list
     """A number of every seed, less that of the same seed."""
     before = {one["seed"]: one[name] for one in less or ()}
     assert [one["seed"] for one in cells] in ([0], [0, 1, 2])
-    return [one[name] - (before[one["seed"]] if less else 0) for one in cells]
+    return [one[name] - (before[one["seed"]] if less else 0) for one in cells if name in one]
 
 
 def table1(name: str, metrics: list[tuple]) -> list[str]:
@@ -122,8 +123,9 @@ def vision(name: str = "vision") -> list[str]:
             *ON_PICTURES[label], str(len(own)), shown(column(own, "accuracy"), 100, "z.1f"),
             "" if own is alone or len(own) > len(alone)
             else shown(column(own, "accuracy", alone), 100, "+z.1f"),
-            *("0, by proof" if own is alone else shown(column(own, one[0]), *one[1:])
-              for one in planes),
+            *("not measured" if one[0] not in own[0] else "0, by proof" if not any(of_words)
+              else shown(of_words, *one[1:])
+              for one in planes for of_words in [column(own, one[0])]),
         ]) + " |"
         for label, own in sorted(cells.items(), key=lambda item: list(ON_PICTURES).index(item[0]))
     ]  # fmt: skip

@@ -146,6 +146,26 @@ def test_a_gated_bridge_on_the_embedded_suite(tiny, images, tmp_path, monkeypatc
     check_written(report, items, tmp_path / "run" / "retain")
 
 
+def test_a_bridge_without_an_adapter_is_its_base_until_it_sees(make_bridge, report_of, tmp_path):
+    adapted, processor = make_bridge(gate="none")
+    bare, _ = make_bridge(gate="none", adapter=None)
+    bare.connector.load_state_dict(adapted.connector.state_dict())
+    report, items = report_of(bare, processor)
+    check_written(report, items, tmp_path / "out")
+    deltas = report["max_abs_dlogit"]
+    assert deltas["text"] == 0 < deltas["image"] and deltas["irrelevant_image"] is None
+    assert report["kl"]["max"] == 0 and report["modes"]["text"]["certified"]
+    assert all(row["exact"] is (row["mode"] == "text") for row in report["tasks"])
+    # behind a picture it does what the other bridge does with its adapter off
+    seen = {(row["mode"], row["name"]): row["bridge"] for row in report["tasks"]}
+    assert all(row["image_control"] is None for row in report["tasks"])
+    tasks = report_of(adapted, processor)[0]["tasks"]
+    controls = [row for row in tasks if row["image_control"]]
+    assert controls and all(
+        row["image_control"]["score"] == seen[row["mode"], row["name"]] for row in controls
+    )
+
+
 def test_a_gated_bridge_is_exact_on_text_and_an_estimate_behind_pictures(tiny, report_of, tmp_path):
     report, items = report_of(*tiny)
     check_written(report, items, tmp_path / "out")
@@ -260,11 +280,6 @@ def test_an_inactive_adapter_is_refused(make_bridge, report_of, gate):
     fill_adapter(model, 0.0)
     with pytest.raises(RetentionError, match="the adapter is inactive"):
         report_of(model, processor)
-
-
-def test_a_bridge_without_an_adapter_is_refused(make_bridge, report_of):
-    with pytest.raises(RetentionError, match="the adapter is inactive"):
-        report_of(*make_bridge(gate="none", adapter=None))
 
 
 def test_nan_is_refused(tiny, report_of):

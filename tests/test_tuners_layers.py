@@ -723,3 +723,12 @@ def test_generation_makes_the_adapted_weights_once(make_bridge, images, method, 
     before = len(calls)
     model.generate(**mixed(processor, images), max_new_tokens=1)
     assert len(calls) == 2 * before
+
+
+@pytest.mark.parametrize("config", [AdaMixConfig, ProPELTConfig])
+@pytest.mark.parametrize("option", [{"sublayers": ["attention"]}, {"activation": "tanh"}])
+def test_options_of_bottlenecks_are_refused_beside_lora(config, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is of bottlenecks, and kind is lora; leave"):
+        config(kind="lora", **option)
+    config(kind="lora", target_modules=["q_proj"])

@@ -372,6 +372,21 @@ def test_a_text_to_start_from_needs_the_tokenizer(ids):
         attach_adapter(llm, PromptConfig(init="text", init_text="abc"))
 
 
+def test_a_prompt_that_began_as_a_text_is_loaded_without_a_tokenizer(llm, ids, tmp_path):
+    bare = copy.deepcopy(llm)
+    bare.name_or_path = str(tmp_path)
+    ours = attach_adapter(llm, PromptConfig(init="text", init_text="abc"))
+    ours.save_pretrained(tmp_path)
+    expected = ours(input_ids=ids).logits
+    for loaded in (
+        peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path),
+        attach_adapter(bare, ours.active_peft_config, new=False),
+    ):
+        prompt = loaded.base_model.prompt_embeddings["default"]
+        prompt.data = ours.base_model.prompt_embeddings["default"].data.clone()
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
 def test_a_table_of_positions_gives_the_prompt_those_of_the_text(ids):
     base = tiny(GPT2Config, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     ours = attach_adapter(copy.deepcopy(base), PromptConfig(num_virtual_tokens=5))

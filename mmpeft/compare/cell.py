@@ -74,7 +74,7 @@ def run_cell(folder) -> dict:
         "retention": lambda: retain_cell(folder, config, cell.retain),
     }
     if missing and "train" not in missing and not (folder / "run" / "checkpoint").is_dir():
-        missing.insert(0, "train")  # it was not kept
+        missing = list(cell.hashes)  # it was not kept; all is measured of one training
     for step in missing:
         result[step] = steps[step]()
         result["hashes"][step] = cell.hashes[step]
@@ -171,16 +171,10 @@ def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict
     """The report of ``mmpeft retain``, kept in ``retain/``: the pooled difference in each mode.
 
     Under ``prose`` the share by which the bits per byte of prose are fewer than the base's
-    (negative where they are more), and ``kl``, the mean divergence in nats a token.
+    (negative where they are more).
     """
     from mmpeft.retention import retain_run
 
-    if checkpoint.adapter_config(checkpoint.find_checkpoint(folder / "run")) is None:
-        # the connector reads pictures alone: in every mode the LLM is the base
-        return {
-            mode: {"delta": 0.0, "ci95": [0.0, 0.0], "exact": True, "verdict": "retained"}
-            for mode in [*settings.modes, PROSE]
-        }
     report = retain_run(
         folder / "run", config.data.task, suite=settings.suite, modes=settings.modes,
         suite_folder=settings.include_path, data_dir=settings.data_dir, samples=settings.samples,
@@ -197,7 +191,6 @@ def retain_cell(folder: Path, config: RunConfig, settings: RetainConfig) -> dict
         "delta": 1 - bits["bridge"] / bits["base"],
         "ci95": None,
         "exact": report["provenance"]["text"]["max_abs_dlogit"] == 0,
-        "kl": report["kl"]["mean"],
     }
     return found
 

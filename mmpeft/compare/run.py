@@ -61,7 +61,7 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
     left = [cell for cell in cells if not is_complete(place(folder, cell.name), cell.hashes)]
     report = redraw(folder, about)
     if left:
-        try_measures(grid, left, path)
+        try_measures(grid, cells, path)
     with tqdm(total=len(cells), initial=len(cells) - len(left), unit="cell") as bar:
         for cell in left:
             bar.set_description(cell.name)
@@ -75,7 +75,7 @@ def compare(path, output_dir: str | None = None, redo: bool = False) -> dict:
 
 
 def try_measures(grid: GridConfig, cells: list[Cell], path) -> None:
-    """Read the rows that cells are scored on, and the suite, before any of them trains.
+    """Read the rows that cells are scored on, and the suite, before any that is left trains.
 
     Raises:
         FileNotFoundError, ValueError: they cannot be had, or cells would be scored on several
@@ -226,9 +226,10 @@ def partly_done(own: Path, hashes: dict) -> str | None:
     """What a cell that was begun has, and what it lacks."""
     if not (done := steps_done(own, hashes)):
         return None
-    again = "" if (own / "run/checkpoint").is_dir() else ", and trains again (nothing was kept)"
+    if not (own / "run/checkpoint").is_dir():
+        return f"has the results of {', '.join(done)}, but nothing was kept; does all again"
     left = [step for step in hashes if step not in done]
-    return f"has the results of {', '.join(done)}; does {', '.join(left)}{again}"
+    return f"has the results of {', '.join(done)}; does {', '.join(left)}"
 
 
 def is_complete(own: Path, hashes: dict) -> bool:

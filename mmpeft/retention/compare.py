@@ -60,7 +60,8 @@ def compare_sides(
         RetentionError: the sides answered different questions, or one answered for both.
     """
     result = Comparison()
-    names = ["base", "bridge"] + ["control"] * (control and sides.kind == "bridge")
+    control = control and sides.kind == "bridge" and sides.adapted
+    names = ["base", "bridge"] + ["control"] * control
     answers: dict[tuple[str, str], dict[str, list[Item]]] = {}
     lms: dict[tuple[str, str], SideLM] = {}
     certified = {}

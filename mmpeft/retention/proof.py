@@ -91,14 +91,15 @@ def prove(sides: Sides, image_prompts: list[list[dict]], irrelevant_image) -> di
     """`{"text", "irrelevant_image", "image"}`: what the tuning does to the logits of each.
 
     The last two are None for models without eyes. For two checkpoints, of which only the tuned one
-    sees, `image` is the change a picture makes to that one, and `irrelevant_image` is None.
+    sees, and for a bridge without an adapter `image` is the change a picture makes to the tuned
+    side, and `irrelevant_image` is None.
 
     Raises:
         RetentionError: the tuning shows no effect where it must: the sides are one model.
     """
     deltas = {"text": max_abs_dlogit(sides, text_conversations(), "text prompts")}
     deltas |= {"irrelevant_image": None, "image": None}
-    if sides.kind == "bridge":
+    if sides.kind == "bridge" and sides.adapted:
         deltas["irrelevant_image"] = max_abs_dlogit(
             sides, text_conversations(irrelevant_image), "prompts with a photograph"
         )

@@ -106,7 +106,7 @@ def retain(
     moved = deltas["text"] > 0 or prose["max_abs_dlogit"] > 0
     found = compare_sides(
         sides, questions, exchanges, margin=margin, moved=moved, cache=cache,
-        closed=not moved and sides.gate not in (None, "none"),
+        closed=not moved and (sides.gate not in (None, "none") or not sides.adapted),
     )  # fmt: skip
     report = {
         "schema": SCHEMA,

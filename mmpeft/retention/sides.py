@@ -46,6 +46,7 @@ class Sides:
         chat: object with `apply_chat_template`: processor or tokenizer.
         gate: the bridge's gate, None for models that have none.
         sees: the tuned side can look at pictures.
+        adapted: the tuned side's LLM is another; else pictures alone make a difference.
         alternates: both sides can be asked about one batch at once, at no cost.
         packs: the architecture runs packed rows (see score.py); None until tried.
         window: tokens of its sliding attention window, if it has one; known once `packs` is.
@@ -56,6 +57,7 @@ class Sides:
     chat = None
     gate: str | None = None
     sees = False
+    adapted = True
     alternates = True
     packs: bool | None = None
     window: int | None = None
@@ -135,7 +137,7 @@ class Sides:
 
 
 class BridgeSides(Sides):
-    """A bridge against its own LLM: the same weights, adapter off."""
+    """A bridge against its own LLM: the same weights, adapter off, if there is one."""
 
     kind = "bridge"
     sees = True
@@ -144,6 +146,7 @@ class BridgeSides(Sides):
         self.model, self.chat, self.tokenizer = model, processor, processor.tokenizer
         self.name = name
         self.gate = model.config.gate
+        self.adapted = hasattr(model.language_model, "peft_config")
 
     @contextmanager
     def on(self, side):

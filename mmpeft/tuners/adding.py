@@ -1,6 +1,6 @@
 """Layers that add to a module's output what they make of its input or its output."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,19 @@ class AddingOptions:
             raise ValueError(
                 f"{type(self).__name__}: sublayers is {self.sublayers}; "
                 "choose attention, ffn or both."
+            )
+
+
+def refuse_beside_lora(config: AddingOptions) -> None:
+    """Raise ValueError if ``kind`` is ``lora`` and an option of bottlenecks is set."""
+    if config.kind != "lora":
+        return
+    for option in fields(config):
+        plain = option.default if option.default is not MISSING else option.default_factory()
+        if option.name in ("sublayers", "activation") and getattr(config, option.name) != plain:
+            raise ValueError(
+                f"{type(config).__name__}: {option.name} is of bottlenecks, and kind is lora; "
+                f"leave {option.name} out, or set kind to another."
             )
 
 

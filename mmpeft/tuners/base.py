@@ -75,6 +75,11 @@ class _State(NamedTuple):
         return same and (self.place, self.version) == (other.place, other.version)
 
 
+def weights_follow(config: PeftConfig) -> bool:
+    """Whether the adapter is being loaded, by peft or by a bridge, so that no start is made."""
+    return config.inference_mode or getattr(config, "weights_follow", False)
+
+
 class Layer(nn.Module, BaseTunerLayer):
     """A module of the LLM, ``base_layer``, and what an adapter makes of it.
 

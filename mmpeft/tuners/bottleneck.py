@@ -22,7 +22,8 @@ class BottleneckConfig(AddingOptions, PeftConfig):
     """Two small layers with an activation between, in every layer of the LLM.
 
     ``serial`` reads what the sublayer gives, before it is added to the residual (arXiv 1902.00751,
-    section 2.1; with ``sublayers: [ffn]`` the form of Pfeiffer et al., arXiv 2005.00247).
+    section 2.1, which trains the norms, too: they stay frozen here). With ``sublayers: [ffn]`` it
+    has the places of Pfeiffer et al. (arXiv 2005.00247), whose adapters read the residual as well.
     ``parallel`` reads what the sublayer reads (arXiv 2110.04366, section 3.3; the paper's best has
     ``sublayers: [ffn]`` and ``scaling: 4``). The up-projection starts at 0, so the adapter is the
     identity.

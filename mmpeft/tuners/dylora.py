@@ -145,6 +145,8 @@ class DyLoraModel(Tuner):
     def as_lora(self, rank: int | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The adapter cut to a rank as plain LoRA: peft's config, and its state by peft's names.
 
+        At the scale that it has, see :mod:`mmpeft.adapter_scale`.
+
         Raises:
             ValueError: it is not between 1 and r.
         """
@@ -155,7 +157,8 @@ class DyLoraModel(Tuner):
                 paths.append(path)
                 down, up = layer._factors()
                 state[f"base_model.model.{path}.lora_A.weight"] = down[:rank].detach().clone()
-                state[f"base_model.model.{path}.lora_B.weight"] = up[:, :rank].detach().clone()
+                up = layer.dial * up[:, :rank].detach()
+                state[f"base_model.model.{path}.lora_B.weight"] = up
         conv = not isinstance(self.model.get_submodule(paths[0]).base_layer, nn.Linear)
         lora = LoraConfig(
             r=rank, lora_alpha=config.lora_alpha, target_modules=paths, fan_in_fan_out=conv,

@@ -22,13 +22,15 @@ class LlamaAdapterConfig(PeftConfig):
     """Prompts in the top layers, attended to apart from the text, by a gate that begins at 0.
 
     A prompt has the keys and values that the layer's frozen attention makes of it, at position 0
-    (no rotation). Attention to it has a softmax of its own, is scaled by the gate (section 3.2), as
-    in peft one number for each layer, and is added: an untrained one is the identity.
+    (no rotation). Attention to it has a softmax of its own, is scaled by the gate (section 3.2) and
+    added: an untrained one is the identity. As in peft the gate is one number for each layer, and
+    the number itself, where later versions of the paper take a tanh.
 
     Attributes:
         num_virtual_tokens: how many in each layer, K of the paper.
         num_layers: how many layers from the top, L of the paper; ``None`` is all.
-        target_modules: attention modules; ``None`` finds those of ``num_layers``.
+        target_modules: attention modules, and nothing else then counts; ``None`` finds those of
+            ``num_layers``.
     """
 
     method: ClassVar[str] = "MMPEFT_LLAMA_ADAPTER"

@@ -17,7 +17,7 @@ class MAMConfig(PrefixConfig):
     """Short prefixes in attention and a scaled bottleneck beside every FFN.
 
     The prefix is no identity at the start, see :class:`~mmpeft.tuners.prefix.PrefixConfig`, whose
-    options serve here; the bottleneck is.
+    options serve here (the paper's is made by a network: set ``hidden_size``); the bottleneck is.
 
     Attributes:
         num_virtual_tokens: of the prefix, l of the paper.

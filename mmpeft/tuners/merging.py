@@ -29,23 +29,19 @@ class MergingLayer(Layer):
     def with_adapted_parameters(self, *args, **kwargs):
         """What the module gives with them; what it gives by itself where the gate is shut.
 
-        A tuple, as routers to experts give, is chosen part by part.
-
-        Raises:
-            ValueError: the dial is on a router, whose choice is whole or none.
+        A tuple, as routers to experts give, is chosen part by part. The dial scales the parameters,
+        as merging does: of experts and routers that is not to scale what they give.
         """
         made_of = [*self.base_layer.parameters(), *self._trained()]
         values = self._adapted.get(made_of, self.adapted_parameters)
-        adapted = functional_call(self.base_layer, values, args, kwargs, tie_weights=False)
-        if isinstance(adapted, Tensor):
-            return self.choose(adapted, lambda: self.base_layer(*args, **kwargs), self.tokens)
         if self.dial != 1:
-            raise ValueError(
-                f"the dial cannot scale {type(self.base_layer).__name__}, which chooses experts; "
-                "leave it out of target_modules, or do without the dial."
-            )
+            values = {name: self._scaled(name, value) for name, value in values.items()}
+        adapted = functional_call(self.base_layer, values, args, kwargs, tie_weights=False)
         if self.gate is None:
             return adapted
+        if isinstance(adapted, Tensor):
+            own = lambda: self.base_layer(*args, **kwargs)  # noqa: E731
+            return self.gate.choose(adapted, own, tokens=self.tokens)
         own = self.base_layer(*args, **kwargs)
         return tuple(
             self.gate.choose(one, lambda base=base: base, tokens=self.tokens)

@@ -17,10 +17,10 @@ class PrefixPropagationConfig(PeftConfig):
     """Tokens in front that run through the frozen LLM, with learned vectors added in every layer.
 
     The tokens begin as zeros; what enters a layer is what the layer before made of them plus that
-    layer's own vectors, so a prefix depends on those below it, and there are half as many weights
-    as in prefix tuning. In a causal LLM the tokens see themselves alone: unlike in the paper's
-    encoders, the text does not reach them. No identity at the start. Positions are as in
-    :mod:`mmpeft.tuners.prompt`.
+    layer's own vectors, so a prefix depends on those below it. A token has D weights in a layer,
+    half of prefix tuning's where every head has keys of its own. In a causal LLM the tokens see
+    themselves alone: unlike in the paper's encoders, the text does not reach them. No identity at
+    the start. Positions are as in :mod:`mmpeft.tuners.prompt`.
 
     Attributes:
         num_virtual_tokens: how many, P.

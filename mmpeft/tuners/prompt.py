@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft.language_model import embedding_std, load_tokenizer
 from mmpeft.tuners.attention_base import FrontTuner, some_tokens
-from mmpeft.tuners.base import Kept, register
+from mmpeft.tuners.base import Kept, register, weights_follow
 from mmpeft.tuners.options import check_options
 
 
@@ -72,7 +72,7 @@ class PromptModel(FrontTuner):
         if self.device.type == "meta" or config.init == "normal":
             start = torch.randn(count, table.shape[1], device=self.device)
             start *= 1 if self.device.type == "meta" else embedding_std(model)
-        elif config.init == "vocabulary":
+        elif config.init == "vocabulary" or weights_follow(config):  # or wants no tokenizer
             start = some_tokens(model, count)
         else:
             start = _words(model, config.init_text, count)

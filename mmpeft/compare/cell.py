@@ -62,7 +62,9 @@ def run_cell(folder) -> dict:
     config, _ = load(folder / "recipe.yaml", ["--output_dir", str(folder / "run")])
     result = read_result(folder) or {"schema": SCHEMA, "hashes": {}}
     missing = [step for step, key in cell.hashes.items() if result["hashes"].get(step) != key]
-    if "train" in missing:  # what is there is of another configuration: nothing of it stays
+    kept = (folder / "run" / "checkpoint").is_dir()
+    if "train" in missing or (missing and not kept):  # nothing of another training stays
+        missing = list(cell.hashes)
         result = {"schema": SCHEMA, "hashes": {}}
         write_json(folder / RESULT, result)
         (folder / ITEMS).unlink(missing_ok=True)
@@ -73,16 +75,14 @@ def run_cell(folder) -> dict:
         "score": lambda: score_cell(folder, config, cell.evaluate),
         "retention": lambda: retain_cell(folder, config, cell.retain),
     }
-    if missing and "train" not in missing and not (folder / "run" / "checkpoint").is_dir():
-        missing = list(cell.hashes)  # it was not kept; all is measured of one training
     for step in missing:
         result[step] = steps[step]()
         result["hashes"][step] = cell.hashes[step]
         result["environment"] = environment()
         write_json(folder / RESULT, result)
     if not cell.keep_checkpoints:
-        for kept in ("checkpoint", "best"):
-            discard(folder / "run" / kept)
+        for name in ("checkpoint", "best"):
+            discard(folder / "run" / name)
     return result
 
 

@@ -1,5 +1,7 @@
 """Layers whose adapter is another value of the module's own parameters, which can be merged."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -40,7 +42,7 @@ class MergingLayer(Layer):
         if self.gate is None:
             return adapted
         if isinstance(adapted, Tensor):
-            own = lambda: self.base_layer(*args, **kwargs)  # noqa: E731
+            own = partial(self.base_layer, *args, **kwargs)
             return self.gate.choose(adapted, own, tokens=self.tokens)
         own = self.base_layer(*args, **kwargs)
         return tuple(

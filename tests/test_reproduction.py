@@ -56,12 +56,12 @@ def shown(values, factor=1.0, form="z.3f", mean_only=False) -> str:
     return minus(mean if mean_only else f"{mean} ({low} to {high})")
 
 
-def methods(name: str) -> dict[str, list[dict]]:
-    """The cells of each method by seed, numbers as numbers."""
+def methods(name: str, axis: str = "method") -> dict[str, list[dict]]:
+    """The cells of each label on an axis by seed, numbers as numbers."""
     found = {}
     with (DOCS / f"results/{name}.csv").open() as file:
         for row in csv.DictReader(file):
-            label = row.pop("method")
+            label = row.pop(axis)
             numbers = {key: float(value) for key, value in row.items() if value}
             found.setdefault(label, []).append(numbers)
     return {label: sorted(cells, key=lambda one: one["seed"]) for label, cells in found.items()}
@@ -136,7 +136,18 @@ def vision_longer() -> list[str]:
     return vision("vision_1600")
 
 
-@pytest.mark.parametrize("table", [e2e, webnlg, coqa, gsm8k, vision, vision_longer])
+def figure1() -> list[str]:
+    """The table of shares of E2E and ranks."""
+    lines = []
+    for share, cells in methods("figure1", "fraction").items():
+        ranks = [[one for one in cells if one["rank"] == rank] for rank in (2, 8, 32)]
+        bleu = [shown(column(own, "bleu")) for own in ranks]
+        gained = shown(column(ranks[-1], "bleu", ranks[0]), form="+z.3f")
+        lines.append(f"| {share} | {' | '.join(bleu)} | {gained} |")
+    return lines
+
+
+@pytest.mark.parametrize("table", [e2e, webnlg, coqa, gsm8k, vision, vision_longer, figure1])
 def test_the_page_has_the_numbers_of_the_cells(table):
     page = (DOCS / "reproduction.md").read_text()
     missing = [line for line in table() if line not in page]

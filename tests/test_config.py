@@ -138,7 +138,7 @@ def test_a_bad_value_is_one_line_that_names_the_key(tmp_path, old, new, message)
         ("init_args: {r: 4, target_modules: [q_proj, v_proj]}", "r: 8",
          "model.adapter has r beside class_path; write {class_path: NAME, init_args: "),
         ("class_path: LoraConfig, init_args: {r: 4,", "class_path: AdaLoraConfig, init_args: {",
-         "AdaLoraConfig needs total_step; give any number"),
+         "AdaLoraConfig needs total_step; give a large number"),
         ("class_path: LoraConfig, ", "", "model.adapter has init_args but no class_path; write"),
         ("{class_path: LoraConfig, init_args: {r: 4, target_modules: [q_proj, v_proj]}}", "{}",
          "model.adapter is empty, it has no class_path; write .*, or null for none"),

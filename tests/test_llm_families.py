@@ -5,7 +5,6 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmpeft.adapter_scale import scaled
 from mmpeft.adapters import adapted_layers, adapter_parameters, attach_adapter
 from mmpeft.attention import serve_packed_rows
 from mmpeft.gate import Gate, gate_mask
@@ -155,13 +154,6 @@ def test_channels_are_not_taken_for_tokens():
     found = find_tokens_third(random_llm("recurrent_gemma"))
     convolutions = {f"model.layers.{n}.temporal_block.conv_1d" for n in (0, 1)}
     assert convolutions <= found and not any(path.endswith("proj") for path in found)
-
-
-def test_the_dial_cannot_scale_the_choice_of_experts():
-    adapted = attach_adapter(random_llm("mixtral"), FullTuningConfig())
-    fill(adapted, 0.1)
-    with scaled(adapted, 0.5), pytest.raises(ValueError, match="MixtralTopKRouter, which chooses"):
-        logits(adapted)
 
 
 def test_names_that_peft_takes_for_experts_are_refused():

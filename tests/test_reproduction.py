@@ -19,6 +19,8 @@ NAMES = {
     "bottleneck": "parallel bottleneck, 27",
     "bitfit": "BitFit, biases added",
     "llama_adapter": "LLaMA-Adapter, 20 tokens a layer",
+    "prefix": "prefix, 20 tokens a layer",
+    "prompt": "prompt, 20 tokens",
     "prefix_2e-2": "prefix, at 2e-2 in place of 5e-3",
     "prompt_5e-2": "prompt, at 5e-2 in place of 1e-2",
 }

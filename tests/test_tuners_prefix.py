@@ -378,13 +378,11 @@ def test_a_prompt_that_began_as_a_text_is_loaded_without_a_tokenizer(llm, ids, t
     ours = attach_adapter(llm, PromptConfig(init="text", init_text="abc"))
     ours.save_pretrained(tmp_path)
     expected = ours(input_ids=ids).logits
-    for loaded in (
-        peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path),
-        attach_adapter(bare, ours.active_peft_config, new=False),
-    ):
-        prompt = loaded.base_model.prompt_embeddings["default"]
-        prompt.data = ours.base_model.prompt_embeddings["default"].data.clone()
-        assert torch.equal(loaded(input_ids=ids).logits, expected)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    filled = attach_adapter(bare, ours.active_peft_config, new=False)
+    peft.set_peft_model_state_dict(filled, peft.get_peft_model_state_dict(ours))
+    assert torch.equal(filled(input_ids=ids).logits, expected)
 
 
 def test_a_table_of_positions_gives_the_prompt_those_of_the_text(ids):

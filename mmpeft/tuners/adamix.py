@@ -15,7 +15,6 @@ from mmpeft.tuners.adding import (
     activation,
     bottleneck,
     down_start,
-    refuse_beside_lora,
 )
 from mmpeft.tuners.base import Computed, Tuner, register
 from mmpeft.tuners.options import check_options
@@ -52,7 +51,6 @@ class AdaMixConfig(AddingOptions, PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         check_options(self, modules=1, consistency=0)
-        refuse_beside_lora(self)
 
 
 class AdaMixLayer(AddingLayer):

@@ -37,6 +37,7 @@ class AddingOptions:
         self.peft_type = self.method
         check_options(self, bottleneck_size=1)
         activation(self)
+        _refuse_beside_lora(self)
         unknown = [name for name in self.sublayers if name not in ("attention", "ffn")]
         if unknown or not self.sublayers:
             raise ValueError(
@@ -45,9 +46,9 @@ class AddingOptions:
             )
 
 
-def refuse_beside_lora(config: AddingOptions) -> None:
+def _refuse_beside_lora(config: AddingOptions) -> None:
     """Raise ValueError if ``kind`` is ``lora`` and an option of bottlenecks is set."""
-    if config.kind != "lora":
+    if getattr(config, "kind", None) != "lora":
         return
     for option in fields(config):
         plain = option.default if option.default is not MISSING else option.default_factory()

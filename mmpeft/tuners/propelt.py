@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mmpeft.tuners.adding import (
-    AddingLayer,
-    AddingOptions,
-    activation,
-    bottleneck,
-    down_start,
-    refuse_beside_lora,
-)
+from mmpeft.tuners.adding import AddingLayer, AddingOptions, activation, bottleneck, down_start
 from mmpeft.tuners.base import Kept, Tuner, register
 from mmpeft.tuners.sublayers import Kind, find_outputs, hidden_size, sizes
 
@@ -48,7 +41,6 @@ class ProPELTConfig(AddingOptions, PeftConfig):
         super().__post_init__()
         if not 0 < self.share <= 1:
             raise ValueError(f"ProPELTConfig: share is {self.share}; it must lie in (0, 1].")
-        refuse_beside_lora(self)
 
 
 def top_mask(scores: Tensor, share: float) -> Tensor:
